@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Kronecker ops. Never imports peft: usable alone."""
+
+from .conv import kron_conv
+from .delta import kron_delta_weight
+from .embedding import kron_embedding
+from .linear import LAYOUTS, kron_linear, linear_kron_linear
+
+__all__ = ["LAYOUTS", "kron_conv", "kron_delta_weight", "kron_embedding", "kron_linear", "linear_kron_linear"]

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Kronecker product as a convolution: convolve with the small B, mix with A, never a dense kernel."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..factors import cheaper_order
+from .linear import compute_dtype
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def kron_conv(
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int = 1,
+    scale: float = 1.0,
+    layout: str = "kron",
+) -> torch.Tensor:
+    """conv(x, dW) for dW = s * layout(sum_n A_n (x) B_n) of shape (out, in/groups, *kernel).
+
+    Args:
+        x: (N, in, *spatial) with 1 to 3 spatial dimensions, or (in, *spatial).
+        A: (r, a_out, a_in). B: (r, b_out, b_in, *kernel), with a_in * b_in = in / groups.
+        stride, padding, dilation, groups: as in torch.nn.functional.conv2d.
+
+    Returns:
+        (N, out, *spatial'), the dtype of x (autocast's under autocast).
+    """
+    conv, dims = _CONV[B.dim() - 3], B.dim() - 3
+    dtype = compute_dtype(x)
+    if unbatched := x.dim() == dims + 1:
+        x = x.unsqueeze(0)
+    r, a_out, a_in = A.shape
+    _, b_out, b_in, *kernel = B.shape
+    N = x.shape[0]
+    with torch.autocast(x.device.type, enabled=False):
+        x, A, B = x.to(dtype), (A * scale).to(dtype), B.to(dtype)
+        args = {"stride": stride, "padding": padding, "dilation": dilation}
+        if groups == 1 and cheaper_order(a_out, a_in, b_out, b_in * _numel(kernel)) == "a_first":
+            X = x.reshape(N, a_in, b_in, *x.shape[2:])
+            V = torch.einsum("nik,zkv...->zinv...", A, X).reshape(N * a_out, r * b_in, *x.shape[2:])
+            Y = conv(V, B.permute(1, 0, *range(2, B.dim())).reshape(b_out, r * b_in, *kernel), **args)
+            Y = Y.view(N, a_out, b_out, *Y.shape[2:])
+        else:
+            X = x.reshape(N * groups * a_in, b_in, *x.shape[2:])
+            U = conv(X, B.reshape(r * b_out, b_in, *kernel), **args)
+            U = U.view(N, groups, a_in, r, b_out, *U.shape[2:])
+            Y = _mix(A, U, layout)
+        if layout == "diffusekrona":
+            Y = Y.transpose(1, 2)
+        Y = Y.reshape(N, a_out * b_out, *Y.shape[3:])
+    return Y.squeeze(0) if unbatched else Y
+
+
+def _mix(A: torch.Tensor, U: torch.Tensor, layout: str) -> torch.Tensor:
+    """Y (N, a_out, b_out, *spatial) from U (N, groups, a_in, r, b_out, *spatial): A times the right group's U.
+
+    Output channel o = i*b_out + u (or u*a_out + i) belongs to group o // (out / groups).
+    """
+    _, a_out, a_in = A.shape
+    N, groups, _, r, b_out = U.shape[:5]
+    if groups == 1:
+        return torch.einsum("nik,zknu...->ziu...", A, U.squeeze(1))
+    if layout == "kron" and a_out % groups == 0:  # i alone says which group
+        A = A.view(r, groups, a_out // groups, a_in)
+        return torch.einsum("ngik,zgknu...->zgiu...", A, U).reshape(N, a_out, *U.shape[4:])
+    i = torch.arange(a_out, device=U.device).view(-1, 1)
+    u = torch.arange(b_out, device=U.device).view(1, -1)
+    channel = i * b_out + u if layout == "kron" else u * a_out + i
+    group = channel // (a_out * b_out // groups)  # (a_out, b_out)
+    U = U.movedim((1, 4), (0, 1))[group, u.expand_as(group)]  # (a_out, b_out, N, a_in, r, *spatial)
+    return torch.einsum("nik,iuzkn...->ziu...", A, U)
+
+
+def _numel(kernel: list[int]) -> int:
+    n = 1
+    for k in kernel:
+        n *= k
+    return n

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kron_linear`, the public op: checks, dtype rules and the choice of implementation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import ShapeError
+from .torch_impl import KronAdd, LinearKronAdd, Plan, factored
+
+LAYOUTS = ("kron", "diffusekrona")
+
+
+def kron_linear(
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    base: torch.Tensor | None = None,
+    layout: str = "kron",
+    order: str | None = None,
+) -> torch.Tensor:
+    """base + s * layout(sum_n A_n (x) B_n) x, without ever building the (out, in) matrix.
+
+    Source: KronA (Edalati et al. 2022), DiffuseKronA (WACV 2025) eq. 3-5; r > 1 is CDKA (Bai et al. 2026).
+
+    Args:
+        x: (..., in), in = a_in * b_in; any strides; may hold zero tokens.
+        A: (r, a_out, a_in), left factors. B: (r, b_out, b_in), right factors. Cast to x's dtype (they are tiny).
+        scale: s.
+        base: (..., out) to add to, usually the frozen layer's output, or None for the product alone.
+        layout: "kron": dW[i*b_out + u, k*b_in + v] = s * sum_n A[n,i,k] B[n,u,v].
+            "diffusekrona": dW[u*a_out + i, k*b_in + v] = the same (what the released DiffuseKronA code computes).
+        order: "b_first" or "a_first" forces the contraction order; None takes the cheaper one (see factors.py).
+
+    Returns:
+        (..., out), out = a_out * b_out, in base's dtype if base is given, else in x's (autocast's under autocast).
+
+    Raises:
+        ShapeError: if the shapes do not belong together, or layout or order is unknown.
+
+    >>> x, A, B = torch.randn(2, 5, 12), torch.randn(1, 4, 3), torch.randn(1, 2, 4)
+    >>> y = kron_linear(x, A, B, scale=0.5)
+    >>> dW = 0.5 * torch.einsum("ik,uv->iukv", A[0], B[0]).reshape(8, 12)
+    >>> torch.allclose(y, x @ dW.T, atol=1e-5)
+    True
+    """
+    check_shapes(x, A, B, base, layout, order)
+    dtype = compute_dtype(x)
+    plan = Plan.of(A, B, layout, order)
+    out_shape = (*x.shape[:-1], plan.a_out * plan.b_out)
+    with torch.autocast(x.device.type, enabled=False):
+        A, B = _prepared(A, B, scale, dtype)
+        x = _rows(x.to(dtype))
+        if base is not None and base.dtype != dtype:  # e.g. an fp32 residual stream over a bf16 product
+            return base + _apply(x, A, B, None, plan).view(out_shape).to(base.dtype)
+        base = None if base is None else base.reshape(-1, out_shape[-1])
+        return _apply(x, A, B, base, plan).view(out_shape)
+
+
+def linear_kron_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    layout: str = "kron",
+) -> torch.Tensor:
+    """`kron_linear(x, A, B, scale=scale, base=F.linear(x, weight, bias))` as one autograd node, for a frozen base.
+
+    Args:
+        x: (..., in). weight: (out, in) and bias: (out,) or None; neither may require a gradient.
+        A, B, scale, layout: as in `kron_linear`.
+
+    Returns:
+        (..., out) in weight's dtype (autocast's under autocast).
+    """
+    if _needs_plain_ops():
+        return kron_linear(x, A, B, scale=scale, base=F.linear(x, weight, bias), layout=layout)
+    check_shapes(x, A, B, None, layout, None)
+    dtype = compute_dtype(x)
+    plan = Plan.of(A, B, layout)
+    with torch.autocast(x.device.type, enabled=False):
+        A, B = _prepared(A, B, scale, dtype)
+        if dtype != weight.dtype and dtype != x.dtype:  # autocast; otherwise F.linear itself reports a mismatch
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        y = LinearKronAdd.apply(_rows(x.to(dtype)), A, B, weight, bias, plan)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def check_shapes(
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tensor | None, layout: str, order: str | None
+) -> None:
+    """Raise ShapeError with the shapes in the message where they do not fit `kron_linear`."""
+    if layout not in LAYOUTS:
+        raise ShapeError(f"layout={layout!r} is unknown; expected one of {LAYOUTS}.")
+    if order not in (None, "b_first", "a_first"):
+        raise ShapeError(f"order={order!r} is unknown; expected 'b_first', 'a_first' or None.")
+    if A.dim() != 3 or B.dim() != 3 or A.shape[0] != B.shape[0] or A.shape[0] < 1:
+        raise ShapeError(
+            f"Expected A (r, a_out, a_in) and B (r, b_out, b_in) with one r >= 1, "
+            f"got A {tuple(A.shape)} and B {tuple(B.shape)}."
+        )
+    n_out, n_in = A.shape[1] * B.shape[1], A.shape[2] * B.shape[2]
+    if x.dim() < 1 or x.shape[-1] != n_in:
+        raise ShapeError(
+            f"Expected x with a last dimension of a_in * b_in = {A.shape[2]} * {B.shape[2]} = {n_in}, "
+            f"got x of shape {tuple(x.shape)}."
+        )
+    if base is not None and base.shape != (*x.shape[:-1], n_out):
+        raise ShapeError(f"Expected base of shape {(*x.shape[:-1], n_out)}, got {tuple(base.shape)}.")
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that a product of x is computed in: autocast's inside autocast (as F.linear), else x's own."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _prepared(A: torch.Tensor, B: torch.Tensor, scale: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """s * A and B in the compute dtype. Scaling before the cast keeps fp32 factors exact as long as possible."""
+    if not (isinstance(scale, (int, float)) and scale == 1):
+        A = A * scale
+    return A.to(dtype), B.to(dtype)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(x.numel() // x.shape[-1], x.shape[-1]).contiguous()
+
+
+def _needs_plain_ops() -> bool:
+    """Under torch.compile and torch.func transforms the op is ordinary torch: they differentiate it themselves."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _apply(
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tensor | None, plan: Plan
+) -> torch.Tensor:
+    """The one place where an implementation is chosen; a fused kernel for some device belongs here."""
+    if _needs_plain_ops():
+        return factored(x, A, B, base, plan)
+    return KronAdd.apply(x, A, B, base, plan)

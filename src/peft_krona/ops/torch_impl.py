@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""y = base + (sum_n A_n (x) B_n) x in plain torch, for any device, never building an (out, in) matrix.
+
+Symbols: T tokens (rows of x), K = a_in, v = b_in, I = a_out, u = b_out, n = one of the r terms. With a row of x viewed
+as X (K, v), one term is Y = A X B^T of shape (I, u), laid out as (I, u) for layout "kron" and as (u, I) for
+"diffusekrona". There are two orders, and the sum over the terms rides along in an inner dimension of both:
+
+    b_first   U (T, K n, u) = X B^T   one GEMM over T*K rows;     Y += A U     batched over T
+    a_first   V (T, I n, v) = A X     batched over T;             Y += V B^T   one GEMM over T*I rows
+
+`Plan` holds the sizes, the order, and the three contractions that forward and backward are made of. `factored` is the
+op as ordinary differentiable torch: torch.compile and torch.func differentiate and fuse that themselves. `KronAdd` and
+`LinearKronAdd` are the op as one autograd node, which spares passes over x and y: GEMMs accumulate the adapter's part
+of y and of dX in place (beta = 1) instead of writing it out and adding it afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..factors import cheaper_order
+
+
+class Plan(NamedTuple):
+    """Sizes and contraction order of one Kronecker product."""
+
+    r: int
+    a_out: int
+    a_in: int
+    b_out: int
+    b_in: int
+    layout: str
+    order: str
+
+    @classmethod
+    def of(cls, A: torch.Tensor, B: torch.Tensor, layout: str, order: str | None = None) -> Plan:
+        sizes = (*A.shape[1:], *B.shape[1:3])
+        return cls(A.shape[0], *sizes, layout, order or cheaper_order(*sizes))
+
+    def matrices(self, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B as the matrices that multiply: (I, K n), (n u, v) | (I n, K), (n v, u) | (K, n I), (u, v n)."""
+        r, a_out, a_in, b_out, b_in, layout, order = self
+        if order == "b_first":
+            return A.permute(1, 2, 0).reshape(a_out, a_in * r), B.reshape(r * b_out, b_in)
+        if layout == "kron":
+            return A.permute(1, 0, 2).reshape(a_out * r, a_in), B.permute(0, 2, 1).reshape(r * b_in, b_out)
+        return A.permute(2, 0, 1).reshape(a_in, r * a_out), B.permute(1, 2, 0).reshape(b_out, b_in * r)
+
+    def unmatrix_A(self, dA: torch.Tensor) -> torch.Tensor:
+        """Inverse of `matrices` for A (here: for its gradient)."""
+        r, a_out, a_in, _, _, layout, order = self
+        if order == "b_first":
+            return dA.view(a_out, a_in, r).permute(2, 0, 1)
+        return dA.view(a_out, r, a_in).permute(1, 0, 2) if layout == "kron" else dA.view(a_in, r, a_out).permute(1, 2, 0)
+
+    def unmatrix_B(self, dB: torch.Tensor) -> torch.Tensor:
+        """Inverse of `matrices` for B."""
+        r, _, _, b_out, b_in, layout, order = self
+        if order == "b_first":
+            return dB.view(r, b_out, b_in)
+        return dB.view(r, b_in, b_out).permute(0, 2, 1) if layout == "kron" else dB.view(b_out, b_in, r).permute(2, 0, 1)
+
+
+    def first(self, x: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor) -> torch.Tensor:
+        """x (T, in) -> the intermediate: U (T, K n, u) for b_first, V (T, I n, v) or (T, v n, I) for a_first."""
+        r, a_out, a_in, b_out, b_in, layout, order = self
+        T = x.shape[0]
+        if order == "b_first":
+            return (x.view(T * a_in, b_in) @ mB.t()).view(T, a_in * r, b_out)
+        X = x.view(T, a_in, b_in)
+        if layout == "kron":
+            return torch.bmm(mA.expand(T, -1, -1), X)
+        return torch.bmm(X.transpose(1, 2), mA.expand(T, -1, -1)).view(T, b_in * r, a_out)
+
+    def second(self, h: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor) -> torch.Tensor:
+        """The intermediate -> (T, out), as a new tensor."""
+        r, a_out, a_in, b_out, b_in, layout, order = self
+        T = h.shape[0]
+        if order == "b_first":
+            A = mA.expand(T, -1, -1)
+            y = torch.bmm(A, h) if layout == "kron" else torch.bmm(h.transpose(1, 2), A.transpose(1, 2))
+        elif layout == "kron":
+            y = h.view(T * a_out, r * b_in) @ mB
+        else:
+            y = torch.bmm(mB.expand(T, -1, -1), h)
+        return y.reshape(T, a_out * b_out)
+
+    def second_add_(self, y: torch.Tensor, h: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor) -> None:
+        """y (T, out) += second(h), inside the GEMM. y must be contiguous and owned by the caller."""
+        r, a_out, a_in, b_out, b_in, layout, order = self
+        T = h.shape[0]
+        if order == "b_first":
+            A = mA.expand(T, -1, -1)
+            if layout == "kron":
+                y.view(T, a_out, b_out).baddbmm_(A, h)
+            else:
+                y.view(T, b_out, a_out).baddbmm_(h.transpose(1, 2), A.transpose(1, 2))
+        elif layout == "kron":
+            y.view(T * a_out, b_out).addmm_(h.view(T * a_out, r * b_in), mB)
+        else:
+            y.view(T, b_out, a_out).baddbmm_(mB.expand(T, -1, -1), h)
+
+    def second_backward(
+        self, dy: torch.Tensor, h: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gradient of the intermediate, gradient of the matrix that `second` multiplied with)."""
+        r, a_out, a_in, b_out, b_in, layout, order = self
+        T = h.shape[0]
+        if order == "a_first" and layout == "kron":
+            g = dy.view(T * a_out, b_out)
+            return (g @ mB.t()).view(T, a_out * r, b_in), h.view(T * a_out, r * b_in).t() @ g
+        if order == "b_first":
+            g = dy.view(T, a_out, b_out) if layout == "kron" else dy.view(T, b_out, a_out).transpose(1, 2)
+            m = mA
+        else:
+            g, m = dy.view(T, b_out, a_out), mB
+        return torch.bmm(m.t().expand(T, -1, -1), g), _sum_over_tokens(g, h.transpose(1, 2))
+
+    def first_backward_B(self, dh: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Gradient of the matrix that `first` multiplied with: mB for b_first, mA for a_first."""
+        r, a_out, a_in, b_out, b_in, layout, order = self
+        T = x.shape[0]
+        if order == "b_first":
+            return dh.view(T * a_in, r * b_out).t() @ x.view(T * a_in, b_in)
+        X = x.view(T, a_in, b_in)
+        if layout == "kron":
+            return _sum_over_tokens(dh, X.transpose(1, 2))
+        return _sum_over_tokens(X, dh.view(T, b_in, r * a_out))
+
+    def first_backward_x(
+        self, dh: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor, dx: torch.Tensor | None
+    ) -> torch.Tensor:
+        """dX (T, in); accumulated into `dx`, which the caller owns, where one is given."""
+        r, a_out, a_in, b_out, b_in, layout, order = self
+        T = dh.shape[0]
+        if order == "b_first":
+            g = dh.view(T * a_in, r * b_out)
+            if dx is None:
+                return (g @ mB).view(T, a_in * b_in)
+            dx.view(T * a_in, b_in).addmm_(g, mB)
+            return dx
+        if layout == "kron":
+            left, right = mA.t().expand(T, -1, -1), dh
+        else:
+            left, right = mA.expand(T, -1, -1), dh.view(T, b_in, r * a_out).transpose(1, 2)
+        if dx is None:
+            return torch.bmm(left, right).view(T, a_in * b_in)
+        dx.view(T, a_in, b_in).baddbmm_(left, right)
+        return dx
+
+    def backward(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        h: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        needs: tuple[bool, bool, bool],
+        dx: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """(dX, dA, dB) from dy (T, out), x (T, in) and the saved intermediate, each only if `needs` says so."""
+        need_x, need_A, need_B = needs
+        mA, mB = self.matrices(A, B)
+        dh, d_second = self.second_backward(dy, h, mA, mB)
+        d_first = None
+        if need_B if self.order == "b_first" else need_A:
+            d_first = self.first_backward_B(dh, x)
+        dmA, dmB = (d_second, d_first) if self.order == "b_first" else (d_first, d_second)
+        return (
+            self.first_backward_x(dh, mA, mB, dx) if need_x else None,
+            self.unmatrix_A(dmA) if need_A and dmA is not None else None,
+            self.unmatrix_B(dmB) if need_B and dmB is not None else None,
+        )
+
+
+def _sum_over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """sum_t a[t] @ b[t], a (T, p, q), b (T, q, s), accumulated in at least fp32."""
+    return torch.bmm(a, b).sum(0, dtype=torch.promote_types(a.dtype, torch.float32)).to(a.dtype)
+
+
+def factored(
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tensor | None, plan: Plan
+) -> torch.Tensor:
+    """base + the product, as ordinary torch ops. x (T, in), base (T, out) or None; all of one dtype."""
+    mA, mB = plan.matrices(A, B)
+    y = plan.second(plan.first(x, mA, mB), mA, mB)
+    return y if base is None else base + y
+
+
+class KronAdd(torch.autograd.Function):
+    """base + the product as one autograd node. x (T, in) contiguous, base (T, out) or None; all of one dtype."""
+
+    @staticmethod
+    def forward(ctx, x, A, B, base, plan: Plan):
+        mA, mB = plan.matrices(A, B)
+        h = plan.first(x, mA, mB)
+        if base is None:
+            y = plan.second(h, mA, mB)
+        else:
+            y = base.clone(memory_format=torch.contiguous_format)
+            plan.second_add_(y, h, mA, mB)
+        ctx.save_for_backward(x, A, B, h)
+        ctx.plan = plan
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, A, B, h = ctx.saved_tensors
+        plan = ctx.plan
+        with _no_autocast(dy):
+            if torch.is_grad_enabled():  # create_graph=True: the intermediate must be part of the graph
+                h = plan.first(x, *plan.matrices(A, B))
+            dX, dA, dB = plan.backward(dy.contiguous(), x, h, A, B, ctx.needs_input_grad[:3])
+        return dX, dA, dB, dy if ctx.needs_input_grad[3] else None, None
+
+
+class LinearKronAdd(torch.autograd.Function):
+    """x W^T + bias + the product as one autograd node, for a frozen W and bias.
+
+    The base's GEMM and the adapter's share one accumulator: y forward, dX backward. x (T, in) contiguous, W (out, in),
+    all of one dtype. The same numerics as `F.linear` followed by `KronAdd`.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, B, weight, bias, plan: Plan):
+        mA, mB = plan.matrices(A, B)
+        y = F.linear(x, weight, bias)
+        h = plan.first(x, mA, mB)
+        plan.second_add_(y, h, mA, mB)
+        ctx.save_for_backward(x, A, B, weight, h)
+        ctx.plan = plan
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, A, B, weight, h = ctx.saved_tensors
+        plan = ctx.plan
+        with _no_autocast(dy):
+            dy = dy.contiguous()
+            if torch.is_grad_enabled():
+                h = plan.first(x, *plan.matrices(A, B))
+            dx = dy @ weight if ctx.needs_input_grad[0] else None
+            dX, dA, dB = plan.backward(dy, x, h, A, B, ctx.needs_input_grad[:3], dx)
+        return dX, dA, dB, None, None, None
+
+
+def _no_autocast(t: torch.Tensor) -> torch.autocast:
+    return torch.autocast(t.device.type, enabled=False)

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op against dW built from the definition in float64, outputs and all gradients."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_krona.errors import ShapeError
+from peft_krona.ops import kron_conv, kron_delta_weight, kron_embedding, kron_linear, linear_kron_linear
+from peft_krona.ops.reference import delta_weight_loop, kron_linear_reference
+from peft_krona.ops.torch_impl import Plan, factored
+
+LAYOUTS = ("kron", "diffusekrona")
+ORDERS = ("b_first", "a_first")
+# (leading shape of x, r, a_out, a_in, b_out, b_in): ragged, rectangular, degenerate, empty
+SHAPES = [
+    ((5,), 1, 4, 3, 2, 6),
+    ((2, 7), 1, 2, 5, 6, 3),
+    ((3,), 3, 4, 2, 3, 5),
+    ((2, 1, 4), 2, 1, 4, 7, 2),
+    ((6,), 2, 8, 1, 1, 9),
+    ((4,), 4, 3, 4, 5, 1),
+    ((0,), 2, 3, 2, 4, 5),
+    ((2, 0), 1, 2, 2, 2, 2),
+    ((), 1, 4, 3, 2, 6),
+]
+
+
+def make(lead, r, a_out, a_in, b_out, b_in, dtype=torch.float64, base=True):
+    x = torch.randn(*lead, a_in * b_in, dtype=dtype)
+    A = torch.randn(r, a_out, a_in, dtype=dtype)
+    B = torch.randn(r, b_out, b_in, dtype=dtype)
+    return x, A, B, torch.randn(*lead, a_out * b_out, dtype=dtype) if base else None
+
+
+def reference_grads(x, A, B, base, dy, scale, layout):
+    """Gradients through the dense product with dW, in float64."""
+    x, A, B = (t.detach().double().requires_grad_() for t in (x, A, B))
+    subscripts = "nik,nuv->iukv" if layout == "kron" else "nik,nuv->uikv"
+    dW = scale * torch.einsum(subscripts, A, B).reshape(A.shape[1] * B.shape[1], -1)
+    y = x @ dW.T
+    return torch.autograd.grad(y, (x, A, B), dy.double())
+
+
+def assert_close_to_rounding(actual, expected, plain, what):
+    """Error against float64 at most twice that of plain torch in the same dtype (plus one rounding of the result)."""
+    scale = expected.abs().max().clamp(min=1e-30)
+    error = (actual.double() - expected).abs().max() / scale if actual.numel() else 0.0
+    plain_error = (plain.double() - expected).abs().max() / scale if actual.numel() else 0.0
+    allowed = 2 * plain_error + torch.finfo(actual.dtype).eps
+    assert error <= allowed, f"{what}: relative error {error:.2e} > {allowed:.2e} (plain torch: {plain_error:.2e})"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_delta_weight_is_the_definition(shape, layout):
+    _, A, B, _ = make(*shape)
+    torch.testing.assert_close(kron_delta_weight(A, B, scale=0.7, layout=layout), delta_weight_loop(A, B, 0.7, layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_differ_by_the_perfect_shuffle_of_the_rows(layout):
+    A, B = torch.randn(2, 3, 2), torch.randn(2, 4, 5)
+    rows = torch.arange(12).view(3, 4).T.reshape(-1)  # row u*a_out + i of the shuffled is row i*b_out + u of the plain
+    plain = kron_delta_weight(A, B)
+    assert torch.equal(kron_delta_weight(A, B, layout="diffusekrona"), plain[rows])
+
+
+@pytest.mark.parametrize("layout,order", itertools.product(LAYOUTS, ORDERS))
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kron_linear_and_gradients(shape, layout, order, with_base):
+    x, A, B, base = make(*shape, base=with_base)
+    leaves = [t.requires_grad_() for t in (x, A, B, base) if t is not None]
+    y = kron_linear(x, A, B, scale=0.3, base=base, layout=layout, order=order)
+    torch.testing.assert_close(y.detach(), kron_linear_reference(x, A, B, scale=0.3, base=base, layout=layout))
+    dy = torch.randn_like(y)
+    grads = torch.autograd.grad(y, leaves, dy)
+    for got, want in zip(grads, reference_grads(x, A, B, base, dy, 0.3, layout), strict=False):
+        torch.testing.assert_close(got, want)
+    if with_base:
+        assert torch.equal(grads[3], dy)
+
+
+@pytest.mark.parametrize("layout,order", itertools.product(LAYOUTS, ORDERS))
+def test_gradcheck_and_double_backward(layout, order):
+    x, A, B, base = (t.requires_grad_() for t in make((2, 2), 2, 2, 3, 2, 2))
+
+    def op(x, A, B, base):
+        return kron_linear(x, A, B, scale=0.5, base=base, layout=layout, order=order)
+
+    assert torch.autograd.gradcheck(op, (x, A, B, base))
+    assert torch.autograd.gradgradcheck(op, (x, A, B, base))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("factors", [(4, 2), (2, 6)], ids=["b_first", "a_first"])
+def test_linear_kron_linear_gradcheck(layout, factors):
+    a_out, a_in = factors
+    x, A, B, _ = (t.requires_grad_() for t in make((2, 2), 2, a_out, a_in, 8 // a_out, 6 // a_in))
+    W, b = torch.randn(8, 6, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+
+    def op(x, A, B):
+        return linear_kron_linear(x, W, b, A, B, scale=0.5, layout=layout)
+
+    torch.testing.assert_close(op(x, A, B), kron_linear(x, A, B, scale=0.5, base=F.linear(x, W, b), layout=layout))
+    assert torch.autograd.gradcheck(op, (x, A, B))
+    assert torch.autograd.gradgradcheck(op, (x, A, B))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor_dtype", [torch.float32, None], ids=["fp32_factors", "same_dtype_factors"])
+@pytest.mark.parametrize("layout,order", itertools.product(LAYOUTS, ORDERS))
+@pytest.mark.parametrize("shape", [((33,), 1, 16, 4, 5, 20), ((2, 17), 3, 4, 16, 20, 5)], ids=str)
+def test_half_precision_is_no_worse_than_plain_torch(shape, layout, order, factor_dtype, dtype):
+    x, A, B, base = make(*shape, dtype=torch.float32)
+    x, base = x.to(dtype), base.to(dtype)
+    A, B = A.to(factor_dtype or dtype), B.to(factor_dtype or dtype)
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    y = kron_linear(x, A, B, scale=0.1, base=base, layout=layout, order=order)
+    assert y.dtype == dtype
+    dy = torch.randn_like(y)
+    grads = torch.autograd.grad(y, leaves, dy)
+
+    plain_A, plain_B = (A * 0.1).to(dtype), B.to(dtype)
+    plan = Plan.of(A, B, layout, order)
+    plain = factored(x.reshape(-1, x.shape[-1]), plain_A, plain_B, base.reshape(-1, base.shape[-1]), plan)
+    plain = plain.view_as(y)
+    plain_grads = torch.autograd.grad(plain, leaves, dy)
+    expected = kron_linear_reference(x, A, B, scale=0.1, base=base, layout=layout)
+    assert_close_to_rounding(y, expected, plain, "y")
+    for name, got, want, ordinary in zip(
+        "xAB", grads, reference_grads(x, A, B, base, dy, 0.1, layout), plain_grads, strict=True
+    ):
+        assert_close_to_rounding(got, want, ordinary, f"d{name}")
+
+
+def strided(t, kind):
+    """The same values in other strides."""
+    if kind == "transposed":
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+    if kind == "sliced":
+        wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"), dtype=t.dtype)
+        wide[..., ::2] = t
+        return wide[..., ::2]
+    return t[:1].expand_as(t)
+
+
+@pytest.mark.parametrize("kind", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("layout,order", itertools.product(LAYOUTS, ORDERS))
+def test_strided_inputs(kind, layout, order):
+    x, A, B, base = make((3, 4), 2, 4, 3, 2, 5)
+    x, base = strided(x, kind), strided(base, kind)
+    A, B = strided(A, "sliced"), strided(B, "sliced")
+    y = kron_linear(x, A, B, base=base, layout=layout, order=order)
+    torch.testing.assert_close(y, kron_linear_reference(x, A, B, base=base, layout=layout))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 9),
+    sizes=st.tuples(*[st.integers(1, 9)] * 4),
+    r=st.integers(1, 4),
+    layout=st.sampled_from(LAYOUTS),
+    scale=st.sampled_from([0.0, 1.0, -0.37, 16.0]),
+    seed=st.integers(0, 99),
+)
+def test_kron_linear_property(tokens, sizes, r, layout, scale, seed):
+    torch.manual_seed(seed)
+    x, A, B, base = make((tokens,), r, *sizes)
+    y = kron_linear(x, A, B, scale=scale, base=base, layout=layout)
+    torch.testing.assert_close(y, kron_linear_reference(x, A, B, scale=scale, base=base, layout=layout))
+
+
+def test_two_runs_are_bitwise_equal():
+    x, A, B, base = make((65,), 2, 8, 4, 5, 8, dtype=torch.float32)
+    runs = []
+    for _ in range(2):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, A, B)]
+        y = kron_linear(*leaves, base=base)
+        runs.append((y, *torch.autograd.grad(y.sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_computes_in_the_autocast_dtype_and_returns_fp32_gradients(dtype):
+    x, A, B, _ = make((9,), 1, 4, 2, 3, 5, dtype=torch.float32)
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    with torch.autocast("cpu", dtype):
+        y = kron_linear(*leaves)
+    assert y.dtype == dtype
+    expected = kron_linear(*(t.to(dtype) for t in leaves))
+    assert torch.equal(y, expected)
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(y.float().sum(), leaves))
+
+
+def test_fp32_base_keeps_its_dtype_over_a_bf16_product():
+    x, A, B, base = make((9,), 1, 4, 2, 3, 5, dtype=torch.float32)
+    y = kron_linear(x.bfloat16(), A, B, base=base)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, base + kron_linear(x.bfloat16(), A, B).float())
+
+
+def test_zero_factor_changes_nothing_bitwise():
+    x, A, B, base = make((50,), 2, 8, 4, 5, 8, dtype=torch.float32)
+    for layout, order in itertools.product(LAYOUTS, ORDERS):
+        assert torch.equal(kron_linear(x, A, torch.zeros_like(B), base=base, layout=layout, order=order), base)
+
+
+def test_no_gradient_is_computed_for_what_does_not_need_one():
+    x, A, B, _ = make((4,), 1, 2, 3, 2, 2)
+    B.requires_grad_()
+    (dB,) = torch.autograd.grad(kron_linear(x, A, B).sum(), (B,))
+    torch.testing.assert_close(dB, reference_grads(x, A, B, None, torch.ones(4, 4), 1.0, "kron")[2])
+
+
+def test_works_under_torch_func():
+    x, A, B, _ = make((4,), 1, 2, 3, 2, 2)
+    got = torch.func.grad(lambda A: kron_linear(x, A, B).square().sum())(A)
+    leaf = A.clone().requires_grad_()
+    (want,) = torch.autograd.grad(kron_linear(x, leaf, B).square().sum(), leaf)
+    torch.testing.assert_close(got, want)
+    per_sample = torch.vmap(lambda x: kron_linear(x, A, B))(x.unsqueeze(1))
+    torch.testing.assert_close(per_sample.squeeze(1), kron_linear(x, A, B))
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        ({"x": torch.zeros(2, 5)}, r"last dimension of a_in \* b_in = 3 \* 2 = 6, got x of shape \(2, 5\)"),
+        ({"A": torch.zeros(4, 3)}, r"Expected A \(r, a_out, a_in\).*got A \(4, 3\) and B \(1, 5, 2\)"),
+        ({"B": torch.zeros(2, 5, 2)}, r"with one r >= 1, got A \(1, 4, 3\) and B \(2, 5, 2\)"),
+        ({"base": torch.zeros(2, 19)}, r"Expected base of shape \(2, 20\), got \(2, 19\)"),
+        ({"layout": "shuffled"}, r"layout='shuffled' is unknown; expected one of \('kron', 'diffusekrona'\)"),
+        ({"order": "fast"}, r"order='fast' is unknown"),
+    ],
+)
+def test_bad_input_is_named(kwargs, message):
+    good = {"x": torch.zeros(2, 6), "A": torch.zeros(1, 4, 3), "B": torch.zeros(1, 5, 2)}
+    with pytest.raises(ShapeError, match=message):
+        kron_linear(**(good | kwargs))
+
+
+CONVS = [  # dims, in, out, kernel, stride, padding, dilation, groups, (a_out, a_in), r
+    (1, 6, 8, 3, 1, 1, 1, 1, (4, 2), 1),
+    (2, 6, 8, 3, 2, 1, 1, 1, (4, 3), 2),
+    (2, 12, 4, 1, 1, 0, 1, 1, (2, 6), 1),
+    (2, 6, 8, 3, 1, "same", 2, 1, (2, 3), 1),
+    (3, 4, 6, 2, 1, 0, 1, 1, (3, 2), 2),
+    (2, 8, 12, 3, 1, 1, 1, 4, (4, 2), 2),
+    (2, 6, 12, 3, 1, 1, 1, 3, (2, 2), 1),
+    (1, 6, 6, 3, 1, 1, 1, 6, (3, 1), 1),
+    (2, 32, 4, 1, 1, 0, 1, 1, (2, 16), 3),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CONVS, ids=str)
+def test_kron_conv_and_gradients(case, layout):
+    dims, n_in, n_out, k, stride, padding, dilation, groups, (a_out, a_in), r = case
+    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
+    x = torch.randn(2, n_in, *[7] * dims, dtype=torch.float64, requires_grad=True)
+    A = torch.randn(r, a_out, a_in, dtype=torch.float64, requires_grad=True)
+    B = torch.randn(r, n_out // a_out, n_in // groups // a_in, *[k] * dims, dtype=torch.float64, requires_grad=True)
+    args = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    y = kron_conv(x, A, B, scale=0.3, layout=layout, **args)
+    want = conv(x, delta_weight_loop(A, B, 0.3, layout), **args)
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(kron_conv(x[0], A, B, scale=0.3, layout=layout, **args), y[0])
+    dy = torch.randn_like(y)
+    dense = conv(x, kron_delta_weight(A, B, scale=0.3, layout=layout), **args)
+    for got, want in zip(
+        torch.autograd.grad(y, (x, A, B), dy), torch.autograd.grad(dense, (x, A, B), dy), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ids_shape", [(7,), (2, 5), (), (0,)])
+def test_kron_embedding_and_gradients(ids_shape, layout):
+    A = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    B = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(0, 20, ids_shape)
+    y = kron_embedding(ids, A, B, scale=0.3, layout=layout)
+    torch.testing.assert_close(y, F.embedding(ids, delta_weight_loop(A, B, 0.3, layout).T.contiguous()))
+    dense = F.embedding(ids, kron_delta_weight(A, B, scale=0.3, layout=layout).T)
+    dy = torch.randn_like(y)
+    for got, want in zip(torch.autograd.grad(y, (A, B), dy), torch.autograd.grad(dense, (A, B), dy), strict=True):
+        torch.testing.assert_close(got, want)
