@@ -1,6 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kronecker adapters for PEFT."""
+"""Kronecker adapters for PEFT. Importing this package registers the tuner type "KRONA" with PEFT.
 
-from .ops import kron_linear
+>>> import torch, peft_krona
+>>> from peft import get_peft_model
+>>> model = torch.nn.Sequential(torch.nn.Linear(128, 256))
+>>> model = get_peft_model(model, peft_krona.KronAConfig(target_modules=["0"]))
+>>> model.print_trainable_parameters()
+trainable params: 384 || all params: 33,408 || trainable%: 1.1494
+"""
 
-__all__ = ["kron_linear"]
+from . import _register
+
+_register.add_enum_member()
+
+from .config import KronAConfig  # noqa: E402  (needs PeftType.KRONA)
+from .layer import KronALayer  # noqa: E402
+from .merge import merged  # noqa: E402
+from .model import KronAModel  # noqa: E402
+from .ops import kron_linear  # noqa: E402
+
+_register.register(KronAConfig, KronAModel, KronALayer)
+
+__version__ = "0.1.0"
+__all__ = ["KronAConfig", "KronALayer", "KronAModel", "kron_linear", "merged"]

@@ -138,9 +138,7 @@ def _needs_plain_ops() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def _apply(
-    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tensor | None, plan: Plan
-) -> torch.Tensor:
+def _apply(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tensor | None, plan: Plan) -> torch.Tensor:
     """The one place where an implementation is chosen; a fused kernel for some device belongs here."""
     if _needs_plain_ops():
         return factored(x, A, B, base, plan)

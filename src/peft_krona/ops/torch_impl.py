@@ -54,15 +54,18 @@ class Plan(NamedTuple):
         r, a_out, a_in, _, _, layout, order = self
         if order == "b_first":
             return dA.view(a_out, a_in, r).permute(2, 0, 1)
-        return dA.view(a_out, r, a_in).permute(1, 0, 2) if layout == "kron" else dA.view(a_in, r, a_out).permute(1, 2, 0)
+        return (
+            dA.view(a_out, r, a_in).permute(1, 0, 2) if layout == "kron" else dA.view(a_in, r, a_out).permute(1, 2, 0)
+        )
 
     def unmatrix_B(self, dB: torch.Tensor) -> torch.Tensor:
         """Inverse of `matrices` for B."""
         r, _, _, b_out, b_in, layout, order = self
         if order == "b_first":
             return dB.view(r, b_out, b_in)
-        return dB.view(r, b_in, b_out).permute(0, 2, 1) if layout == "kron" else dB.view(b_out, b_in, r).permute(2, 0, 1)
-
+        return (
+            dB.view(r, b_in, b_out).permute(0, 2, 1) if layout == "kron" else dB.view(b_out, b_in, r).permute(2, 0, 1)
+        )
 
     def first(self, x: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor) -> torch.Tensor:
         """x (T, in) -> the intermediate: U (T, K n, u) for b_first, V (T, I n, v) or (T, v n, I) for a_first."""
@@ -181,9 +184,7 @@ def _sum_over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.bmm(a, b).sum(0, dtype=torch.promote_types(a.dtype, torch.float32)).to(a.dtype)
 
 
-def factored(
-    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tensor | None, plan: Plan
-) -> torch.Tensor:
+def factored(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tensor | None, plan: Plan) -> torch.Tensor:
     """base + the product, as ordinary torch ops. x (T, in), base (T, out) or None; all of one dtype."""
     mA, mB = plan.matrices(A, B)
     y = plan.second(plan.first(x, mA, mB), mA, mB)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes PEFT know the tuner type "KRONA". The only code that touches PEFT's enum and tables; safe to run twice.
+
+PEFT has one registration hook, `register_peft_method`, and it demands a member of the `PeftType` enum, which Python
+does not let one add; so the member is put into the enum's own tables by hand. PEFT's mixed models keep a closed list of
+tuners of their own, which has no hook at all.
+"""
+
+from __future__ import annotations
+
+from typing import Union
+
+from peft.utils.peft_types import PeftType, register_peft_method
+
+from .errors import RegistrationError
+
+NAME = "KRONA"
+PREFIX = "krona_"
+
+
+def add_enum_member() -> None:
+    """Add PeftType.KRONA. Must run before KronAConfig is instantiated.
+
+    Raises:
+        RegistrationError: if PEFT has a KRONA of its own.
+    """
+    if NAME in PeftType.__members__:
+        member = PeftType[NAME]
+        if not getattr(member, "_added_by_peft_krona", False):
+            raise RegistrationError(
+                f"This version of PEFT already defines PeftType.{NAME}, so peft_krona cannot register its own tuner "
+                "under that name. Use PEFT's, or install a version of peft_krona made for it."
+            )
+        return
+    member = str.__new__(PeftType, NAME)
+    member._name_, member._value_ = NAME, NAME
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
+    member._added_by_peft_krona = True
+    PeftType._member_names_.append(NAME)
+    PeftType._member_map_[NAME] = member
+    PeftType._value2member_map_[NAME] = member
+    if hasattr(PeftType, "_hashable_values_"):  # Python >= 3.12
+        PeftType._hashable_values_.append(NAME)
+    type.__setattr__(PeftType, NAME, member)  # EnumType forbids it to everyone else
+
+
+def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
+    """Register the tuner with PEFT and with PEFT's mixed models.
+
+    Raises:
+        RegistrationError: if something else holds the type or the prefix.
+    """
+    import peft.mapping as mapping
+
+    registered = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.KRONA)
+    if registered is not None:
+        if registered.__module__.partition(".")[0] != __name__.partition(".")[0]:
+            raise RegistrationError(
+                f"PEFT's type {NAME} is taken by {registered.__module__}.{registered.__qualname__}."
+            )
+        # A reload of this package: point PEFT at the new classes.
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.KRONA] = config_cls
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.KRONA] = model_cls
+        mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType.KRONA] = model_cls
+    else:
+        try:
+            register_peft_method(
+                name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX, is_mixed_compatible=True
+            )
+        except KeyError as error:
+            raise RegistrationError(f"PEFT refuses to register {NAME}: {error.args[0]}") from error
+    _register_with_mixed_models(config_cls, model_cls, layer_cls)
+
+
+def _register_with_mixed_models(config_cls: type, model_cls: type, layer_cls: type) -> None:
+    import peft.mixed_model
+    import peft.tuners.mixed
+    from peft.tuners.mixed import model as mixed
+
+    if PeftType.KRONA not in mixed.COMPATIBLE_TUNER_TYPES:
+        mixed.COMPATIBLE_TUNER_TYPES += (PeftType.KRONA,)
+        mixed.PREFIXES.append(PREFIX)
+    for module in (peft.tuners.mixed, peft.mixed_model):  # both hold the tuple under the same name
+        module.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES
+    mixed.PREFIXES[:] = dict.fromkeys(mixed.PREFIXES)
+    mixed.Configs = Union[mixed.Configs, config_cls]
+    mixed.Layers = (*mixed.Layers, layer_cls)
+
+    original = mixed.MixedModel._create_and_replace
+    original = getattr(original, "_before_peft_krona", original)
+
+    def _create_and_replace(self, config, *args, **kwargs):
+        if isinstance(config, config_cls):
+            model_cls._create_and_replace(self, config, *args, **kwargs)
+        else:
+            original(self, config, *args, **kwargs)
+
+    _create_and_replace._before_peft_krona = original
+    mixed.MixedModel._create_and_replace = _create_and_replace

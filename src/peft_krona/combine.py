@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact linear combinations of adapters: the terms of a sum of Kronecker sums are the terms of its parts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from math import isfinite
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import ConfigError, FactorError
+from .layer import KronALayer
+
+if TYPE_CHECKING:
+    from .model import KronAModel
+
+
+def combine_adapters(
+    model: KronAModel, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+) -> None:
+    """See `KronAModel.add_weighted_adapter`."""
+    _check_arguments(model, adapters, weights, adapter_name, combination_type)
+    layers = {name: m for name, m in model.model.named_modules() if isinstance(m, KronALayer)}
+    parts = {
+        name: [(a, w) for a, w in zip(adapters, weights, strict=True) if a in m.krona_A] for name, m in layers.items()
+    }
+    parts = {name: present for name, present in parts.items() if present}
+    for name, present in parts.items():
+        _check_same_factors(name, layers[name], [a for a, _ in present])
+
+    config = replace(
+        model.peft_config[adapters[0]],
+        target_modules=sorted(parts),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=None,
+        r=1,
+        alpha=1.0,
+        scaling="alpha",
+        layout=layers[next(iter(parts))].layout[parts[next(iter(parts))][0][0]],
+        bias="none",
+        strict_factors=True,
+        rank_pattern={_exactly(name): sum(layers[name].r[a] for a, _ in present) for name, present in parts.items()},
+        alpha_pattern={},
+        factor_pattern={_exactly(name): layers[name].factors(present[0][0]) for name, present in parts.items()},
+    )
+    model.peft_config[adapter_name] = config
+    model.inject_adapter(model.model, adapter_name)
+    with torch.no_grad():
+        for name, present in parts.items():
+            layer = layers[name]
+            A = torch.cat([layer.krona_A[a].float() * (w * layer.scaling[a]) for a, w in present])
+            B = torch.cat([layer.krona_B[a].float() for a, _ in present])
+            source = layer.krona_A[present[0][0]]
+            layer.krona_A[adapter_name].data = A.to(source.device, source.dtype)
+            layer.krona_B[adapter_name].data = B.to(source.device, source.dtype)
+            layer.set_requires_grad(adapter_name, False)
+
+
+def _exactly(name: str) -> str:
+    """A pattern key that matches this module and no other."""
+    return f"^{re.escape(name)}"
+
+
+def _check_arguments(
+    model: KronAModel, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+) -> None:
+    if combination_type != "linear":
+        raise ConfigError(
+            f"combination_type={combination_type!r} is not offered; use 'linear', which is exact for KronA."
+        )
+    if not adapters or len(adapters) != len(weights):
+        raise ConfigError(f"Expected one weight an adapter, got {len(adapters)} adapters and {len(weights)} weights.")
+    missing = [name for name in adapters if name not in model.peft_config]
+    if missing:
+        raise ConfigError(f"Adapter(s) {missing} do not exist; there are {sorted(model.peft_config)}.")
+    if adapter_name in model.peft_config:
+        raise ConfigError(f"Adapter {adapter_name!r} exists already. Delete it first or choose another name.")
+    if not all(isfinite(w) for w in weights):
+        raise ConfigError(f"Weights must be finite, got {weights}.")
+    if len(set(adapters)) != len(adapters):
+        raise ConfigError(f"Each adapter may be named once, got {adapters}.")
+
+
+def _check_same_factors(name: str, layer: KronALayer, adapters: list[str]) -> None:
+    kinds = {a: (*layer.factors(a), layer.layout[a]) for a in adapters}
+    if len(set(kinds.values())) > 1:
+        raise FactorError(
+            f"Cannot combine adapters on '{name}': their (a_out, a_in, layout) differ, {kinds}. A sum of Kronecker "
+            "products of different shapes is no Kronecker sum; use set_adapter with several adapters instead, or merge."
+        )

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapted convolutions in one, two and three dimensions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .layer import KronALayer
+from .ops import kron_conv
+
+
+class _ConvNd(KronALayer):
+    """krona_B is (r, b_out, b_in, *kernel), with a_out * b_out = out_channels and a_in * b_in = in_channels / groups."""
+
+    def _features(self, base: nn.Module) -> tuple[int, int]:
+        return base.in_channels // base.groups, base.out_channels
+
+    def _kernel(self) -> tuple[int, ...]:
+        return tuple(self.get_base_layer().kernel_size)
+
+    def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            result = self._add_delta(result, x, name)
+        return result
+
+    def _add_delta(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
+        base = self.get_base_layer()
+        x, padding = self.krona_dropout[name](x), base.padding
+        if base.padding_mode != "zeros":
+            x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
+        delta = kron_conv(
+            x,
+            self.krona_A[name],
+            self.krona_B[name],
+            stride=base.stride,
+            padding=padding,
+            dilation=base.dilation,
+            groups=base.groups,
+            scale=self._scale(name),
+            layout=self.layout[name],
+        )
+        return result + delta.to(result.dtype)
+
+
+class Conv1d(_ConvNd):
+    """An adapted nn.Conv1d."""
+
+
+class Conv2d(_ConvNd):
+    """An adapted nn.Conv2d."""
+
+
+class Conv3d(_ConvNd):
+    """An adapted nn.Conv3d."""

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapted embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .layer import KronALayer
+from .ops import kron_embedding
+
+
+class Embedding(KronALayer):
+    """An adapted nn.Embedding: in = num_embeddings, out = embedding_dim, and the table gets dW^T added."""
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        return super().get_delta_weight(adapter_name).T.contiguous()
+
+    def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            result = self._add_delta(result, x, name)
+        return result
+
+    def _add_delta(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
+        A, B = self.krona_A[name], self.krona_B[name]
+        delta = self.krona_dropout[name](kron_embedding(x, A, B, scale=self._scale(name), layout=self.layout[name]))
+        embed_scale = self._get_embed_scale()  # e.g. Gemma's scaled embeddings
+        if embed_scale is not None:
+            delta = delta * embed_scale.to(delta.dtype)
+        return result + delta.to(result.dtype)

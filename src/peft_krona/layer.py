@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`KronALayer`: the state of an adapted layer, and merging. `Linear` is the adapted dense layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+
+from .config import KronAConfig, scaling_factor
+from .errors import MergeError
+from .factors import choose_factors
+from .ops import kron_delta_weight, kron_linear, linear_kron_linear
+from .snapshot import BaseWeightSnapshot, subtract_with_warning
+
+
+class KronALayer(nn.Module, BaseTunerLayer):
+    """Base of every layer that KronA adapts: dW = s * layout(sum_{i=1..r} A_i (x) B_i) beside a frozen base layer.
+
+    Attributes (dicts by adapter name):
+        krona_A: (r, a_out, a_in). krona_B: (r, b_out, b_in), for convolutions (r, b_out, b_in, *kernel).
+        r, alpha, scaling: number of terms, alpha, and s as it is applied now (scaling times any weight set since).
+        base_scaling: s as the config defines it. layout: "kron" or "diffusekrona".
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("krona_A", "krona_B")
+    other_param_names: tuple[str, ...] = (
+        "r",
+        "alpha",
+        "scaling",
+        "base_scaling",
+        "layout",
+        "krona_dropout",
+        "module_dropout",
+    )
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: KronAConfig, **kwargs: Any) -> None:
+        """`kwargs`: what `update_layer` takes, plus PEFT's quantization arguments."""
+        super().__init__()
+        self.base_layer = base_layer
+        self.krona_A = nn.ParameterDict({})
+        self.krona_B = nn.ParameterDict({})
+        self.krona_dropout = nn.ModuleDict({})
+        self.r: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.base_scaling: dict[str, float] = {}
+        self.layout: dict[str, str] = {}
+        self.module_dropout: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self.cast_input_dtype_enabled = True
+        self._snapshot: BaseWeightSnapshot | None = None
+
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(base, **kwargs.pop("quantization_kwargs", {}))
+        self.in_features, self.out_features = self._features(base)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config=config, **kwargs)
+
+    # -- what the layer types define ----------------------------------------------------------------------------
+
+    def _features(self, base: nn.Module) -> tuple[int, int]:
+        """(in, out): what a_in * b_in and a_out * b_out must be."""
+        return _get_in_out_features(base)
+
+    def _kernel(self) -> tuple[int, ...]:
+        """Trailing dimensions of krona_B."""
+        return ()
+
+    def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Base layer plus the named adapters."""
+        raise NotImplementedError
+
+    # -- adapters -----------------------------------------------------------------------------------------------
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        *,
+        config: KronAConfig,
+        r: int,
+        alpha: float,
+        factors: tuple[int, int],
+        name: str = "layer",
+        **kwargs: Any,
+    ) -> None:
+        """Add an adapter with r terms whose left factors have (at most) the sizes `factors` = (a_out, a_in).
+
+        Raises:
+            FactorError: with config.strict_factors, if a factor does not divide this layer's size.
+        """
+        n_out, n_in = self.out_features, self.in_features
+        a_out, a_in = choose_factors(n_out, n_in, *factors, strict=config.strict_factors, layer=name)
+        self.r[adapter_name] = r
+        self.alpha[adapter_name] = alpha
+        self.base_scaling[adapter_name] = scaling_factor(config.scaling, alpha, r, a_in)
+        self.scaling[adapter_name] = self.base_scaling[adapter_name]
+        self.layout[adapter_name] = config.layout
+        self.module_dropout[adapter_name] = config.module_dropout
+        self.krona_dropout[adapter_name] = nn.Dropout(config.krona_dropout) if config.krona_dropout else nn.Identity()
+        self.krona_A[adapter_name] = nn.Parameter(torch.empty(r, a_out, a_in))
+        self.krona_B[adapter_name] = nn.Parameter(torch.empty(r, n_out // a_out, n_in // a_in, *self._kernel()))
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def factors(self, adapter_name: str) -> tuple[int, int]:
+        """(a_out, a_in) of an adapter on this layer."""
+        _, a_out, a_in = self.krona_A[adapter_name].shape
+        return a_out, a_in
+
+    @torch.no_grad()
+    def reset_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
+        """Initialise A and B (see `KronAConfig.init_weights`); all but False leave dW = 0 exactly."""
+        A, B = self.krona_A[adapter_name], self.krona_B[adapter_name]
+        if init_weights is True or init_weights == "diffusekrona":
+            nn.init.normal_(A, std=1 / A.shape[1])
+            nn.init.zeros_(B)
+            return
+        for factor, zero in ((A, init_weights == "cdka"), (B, init_weights == "kaiming")):
+            if zero:
+                nn.init.zeros_(factor)
+            else:
+                for term in factor:  # each term is a matrix of its own: fan-in counts its columns
+                    nn.init.kaiming_uniform_(term, a=5**0.5)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Weight an adapter: s = scale * the scaling of its config. Unknown names are ignored, as PEFT's LoRA does."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.base_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply s of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling and scale != 1:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide s of the active adapters by `scale`; None restores what their config says."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self.base_scaling[name] if scale is None else self.scaling[name] / scale
+
+    # -- merging ------------------------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """dW of one adapter in the base weight's shape, contiguous, in fp32 (fp64 for fp64 factors)."""
+        A, B = self.krona_A[adapter_name], self.krona_B[adapter_name]
+        return kron_delta_weight(A, B, scale=self.scaling[adapter_name], layout=self.layout[adapter_name])
+
+    def _merged_weight(self, original: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
+        """original + the sum of the adapters' dW, added and rounded once."""
+        delta = self._summed_delta(adapter_names).to(original.device)
+        return (original.to(torch.promote_types(original.dtype, delta.dtype)) + delta).to(original.dtype)
+
+    def _summed_delta(self, adapter_names: Sequence[str]) -> torch.Tensor:
+        delta, *others = (self.get_delta_weight(name) for name in adapter_names)
+        for other in others:
+            delta = delta + other
+        return delta
+
+    def check_merge(self, adapter_names: list[str] | None = None, *, check_finite: bool = False) -> None:
+        """Raise what `merge` would raise, without changing anything.
+
+        Raises:
+            MergeError: if the base is quantized in a way that cannot be written back.
+            ValueError: (PEFT's message) with `check_finite`, if the merged weight has NaN or infinite values.
+        """
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise MergeError(
+                f"Cannot merge into a {backend.backend_name} layer: its weight cannot be dequantized and written back. "
+                "Use the adapter unmerged, or load the base model unquantized and merge into that."
+            )
+        if check_finite:
+            for name in adapter_names or self.active_adapters:
+                if (
+                    name in self.krona_A
+                    and not torch.isfinite(self._merged_weight(self.get_base_weight(), [name])).all()
+                ):
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the base weight; `unmerge` restores it bit for bit.
+
+        All merged adapters are summed in fp32 (fp64 for fp64) and added to the original weight once. While anything is
+        merged, the original weight is kept on its device: one extra copy of every merged layer's weight.
+
+        Args:
+            safe_merge: refuse a result with NaN or infinite values, before the base weight is touched.
+            adapter_names: adapters to merge; None merges the active ones.
+
+        Raises:
+            MergeError, ValueError: see `check_merge`.
+        """
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        adapter_names = [name for name in adapter_names if name in self.krona_A]
+        if not adapter_names:
+            return
+        self.check_merge(adapter_names, check_finite=safe_merge)
+        snapshot = self._snapshot
+        if snapshot is None or not snapshot.untouched():
+            if snapshot is not None:  # merged before, and changed by something else since: add to what is there
+                weight = self._merged_weight(self.get_base_weight(), adapter_names)
+                self.set_base_weight(weight)
+                self.merged_adapters.extend(adapter_names)
+                return
+            snapshot = BaseWeightSnapshot(self)
+        weight = self._merged_weight(snapshot.original(self), [*self.merged_adapters, *adapter_names])
+        self.set_base_weight(weight)
+        snapshot.seal()
+        self._snapshot = snapshot
+        self.merged_adapters.extend(adapter_names)
+
+    def unmerge(self) -> None:
+        """Restore the base weight to what it was before the first merge, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self._snapshot.untouched():
+            self._snapshot.restore()
+        else:
+            delta = self._summed_delta([name for name in self.merged_adapters if name in self.krona_A])
+            weight = self.get_base_weight()
+            self.set_base_weight(subtract_with_warning(weight, delta.to(weight.device), type(self).__name__))
+        self.merged_adapters.clear()
+        self._snapshot = None
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` may convert this layer (dense layers only)."""
+        return False
+
+    # -- forward ------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Base layer plus active adapters. `adapter_names`, a list with one name a sample, mixes adapters in a batch."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        self._check_adapter_names(x, adapter_names)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        names = [] if self.merged else [name for name in self.active_adapters if name in self.krona_A]
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        return self._adapted(x, names, *args, **kwargs)
+
+    def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str] | None) -> None:
+        if adapter_names is None:
+            return
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        """One adapter a sample; "__base__" and adapters that this layer lacks leave their samples alone."""
+        result = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name in self.krona_A:
+                rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
+                result[rows] = self._add_delta(result[rows], x[rows], name)
+        return result
+
+    def _add_delta(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
+        """result + one adapter's part for x, in result's dtype."""
+        raise NotImplementedError
+
+    def _scale(self, name: str) -> float | torch.Tensor:
+        """s, or s times 0 or 1 where module_dropout draws (a tensor: no branch on data, so no graph break)."""
+        scale = self.scaling[name]
+        if self.training and self.module_dropout[name]:
+            keep = torch.rand((), device=self.krona_A[name].device) >= self.module_dropout[name]
+            return scale * keep.to(self.krona_A[name].dtype)
+        return scale
+
+    def extra_repr(self) -> str:
+        """r, factors, layout per adapter, in PEFT's style of nested containers."""
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return "krona." + super().__repr__()
+
+
+class Linear(KronALayer):
+    """An adapted dense layer: nn.Linear and its quantized relatives, and transformers' Conv1D."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: KronAConfig, fan_in_fan_out: bool = False, **kwargs: Any
+    ) -> None:
+        self._transposed = fan_in_fan_out
+        super().__init__(base_layer, adapter_name, config, **kwargs)
+        self.fan_in_fan_out = fan_in_fan_out
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        delta = super().get_delta_weight(adapter_name)
+        return delta.T.contiguous() if self.fan_in_fan_out else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        first, *others = names
+        if not args and not kwargs and self._shares_node(x, first):
+            base = self.base_layer
+            A, B = self.krona_A[first], self.krona_B[first]
+            layout, scale = self.layout[first], self._scale(first)
+            result = linear_kron_linear(x, base.weight, base.bias, A, B, scale=scale, layout=layout)
+        else:
+            result = self._add_delta(self._base_forward(x, *args, **kwargs), x, first)
+        for name in others:
+            result = self._add_delta(result, x, name)
+        return result
+
+    def _base_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        return (
+            result if self.quantization_backend is None else self.quantization_backend.maybe_clone_base_result(result)
+        )
+
+    def _add_delta(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
+        x = self.krona_dropout[name](x)
+        A, B = self.krona_A[name], self.krona_B[name]
+        return kron_linear(x, A, B, scale=self._scale(name), base=result, layout=self.layout[name])
+
+    def _shares_node(self, x: torch.Tensor, name: str) -> bool:
+        """Whether base and adapter can be one autograd node: a plain frozen nn.Linear that nothing hooks into."""
+        base = self.base_layer
+        return (
+            type(base).forward is nn.Linear.forward
+            and "forward" not in base.__dict__
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and type(base.weight) in (nn.Parameter, torch.Tensor)
+            and not base.weight.requires_grad
+            and (base.bias is None or not base.bias.requires_grad)
+            and base.weight.is_floating_point()
+            and self.quantization_backend is None
+            and not (self.training and isinstance(self.krona_dropout[name], nn.Dropout))
+        )

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`merged`: a model with its KronA adapters merged for the length of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from .errors import MergeError
+from .layer import KronALayer
+
+
+@contextmanager
+def merged(model: nn.Module, adapter_names: list[str] | None = None, safe_merge: bool = False) -> Iterator[nn.Module]:
+    """Merge the KronA adapters of a model for the length of a `with` block and restore it exactly afterwards.
+
+    Works on a `PeftModel` and on any model that KronA was injected into (a diffusers UNet, say). Layers that are merged
+    already stay so. Costs one copy of every adapted weight, on its device, inside the block.
+
+    Args:
+        model: the model, or any part of it.
+        adapter_names: adapters to merge; None merges the active ones.
+        safe_merge: check every merged weight for NaN and infinity before any weight is changed.
+
+    Raises:
+        MergeError: if the model has no KronA layers.
+
+    >>> import torch, peft_krona
+    >>> from peft import get_peft_model
+    >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    >>> config = peft_krona.KronAConfig(target_modules=["0"], a_out=4, a_in=2, init_weights=False)
+    >>> model, x = get_peft_model(base, config), torch.randn(3, 8)
+    >>> before = base[0].weight.clone()
+    >>> with peft_krona.merged(model):
+    ...     merged_inside = not torch.equal(base[0].weight, before)
+    >>> merged_inside, torch.equal(base[0].weight, before)
+    (True, True)
+    """
+    layers = [module for module in model.modules() if isinstance(module, KronALayer)]
+    if not layers:
+        raise MergeError(
+            f"merged() found no KronA layer in {type(model).__name__}. Add an adapter first, e.g. with "
+            "get_peft_model(model, KronAConfig(...)) or model.add_adapter(KronAConfig(...))."
+        )
+    layers = [layer for layer in layers if not layer.merged]
+    if safe_merge:
+        for layer in layers:
+            layer.check_merge(adapter_names, check_finite=True)
+    try:
+        for layer in layers:
+            layer.merge(adapter_names=adapter_names)
+        yield model
+    finally:
+        for layer in layers:
+            if layer.merged:
+                layer.unmerge()

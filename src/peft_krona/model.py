@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`KronAModel`: which layer becomes which adapted layer, and what is done to all of them at once."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .combine import combine_adapters
+from .config import KronAConfig
+from .conv import Conv1d, Conv2d, Conv3d
+from .embedding import Embedding
+from .errors import UnsupportedLayerError
+from .layer import KronALayer, Linear
+
+logger = logging.getLogger(__name__)
+
+DIFFUSERS_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
+CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
+_MAMBA_MODELS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+_MAMBA_UNTARGETABLE = {"out_proj", "conv1d"}
+
+
+class KronAModel(BaseTuner):
+    """A model with KronA adapters on its target layers; what `get_peft_model(model, KronAConfig(...))` builds.
+
+    Args:
+        model: the model to adapt. peft_config: `KronAConfig`. adapter_name: name of the first adapter.
+        low_cpu_mem_usage: create the adapter weights on the meta device (for loading).
+    """
+
+    prefix: str = "krona_"
+    tuner_layer_cls = KronALayer
+    target_module_mapping = {
+        **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+        "clip_text_model": list(CLIP_TARGET_MODULES),
+    }
+    layers_mapping: dict[type[nn.Module], type[KronALayer]] = {
+        nn.Linear: Linear,
+        Conv1D: Linear,
+        nn.Conv1d: Conv1d,
+        nn.Conv2d: Conv2d,
+        nn.Conv3d: Conv3d,
+        nn.Embedding: Embedding,
+    }
+
+    def _prepare_adapter_config(self, peft_config: KronAConfig, model_config: dict) -> KronAConfig:
+        if peft_config.target_modules is None and "model_type" not in model_config:
+            if "_class_name" in model_config:  # a diffusers model
+                peft_config.target_modules = set(DIFFUSERS_TARGET_MODULES)
+                return peft_config
+            raise ValueError("Please specify `target_modules` in `peft_config`")
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _check_target_module_compatiblity(self, peft_config: KronAConfig, model: nn.Module, target_name: str) -> None:
+        super()._check_target_module_compatiblity(peft_config, model, target_name)
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type in _MAMBA_MODELS and target_name in _MAMBA_UNTARGETABLE:
+            raise ValueError(
+                f"Module '{target_name}' of a Mamba model (model_type='{model_type}') is read inside a fused kernel, so "
+                f"an adapter on it would have no effect. Remove {sorted(_MAMBA_UNTARGETABLE)} from `target_modules`."
+            )
+
+    # Also called on PEFT's MixedModel, with that model as `self`: uses nothing that only KronAModel has.
+    def _create_and_replace(
+        self,
+        config: KronAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        kwargs = layer_settings(config, current_key)
+        if isinstance(target, KronALayer):
+            target.update_layer(adapter_name, config=config, **kwargs)
+            layer = target
+        else:
+            kwargs["quantization_kwargs"] = get_quantization_kwargs(self.model)
+            layer = new_layer(target, parent, adapter_name, config, **kwargs)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        if layer.factors(adapter_name) != kwargs["factors"]:
+            logger.info(
+                "%s (out=%d, in=%d): factors (a_out, a_in) = %s do not divide it, took %s.",
+                current_key,
+                layer.out_features,
+                layer.in_features,
+                kwargs["factors"],
+                layer.factors(adapter_name),
+            )
+
+    def _check_all_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        for module in self.model.modules():
+            if isinstance(module, KronALayer):
+                module.check_merge(adapter_names, check_finite=safe_merge)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights; `unmerge_adapter` restores these bit for bit.
+
+        While merged, every adapted layer keeps its original weight on its device. With `safe_merge` all layers are
+        checked for NaN and infinity before the first one is changed.
+        """
+        self._check_all_mergeable(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_all_mergeable(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Add `adapter_name` = sum_j weights[j] * adapters[j], exactly: dW is linear in the terms, so they are
+        concatenated and the new r is the sum of the old ones.
+
+        Args:
+            adapters: names of existing adapters. weights: one factor each (any sign).
+            adapter_name: the new adapter's name.
+            combination_type: "linear", the only one (it is exact; others would not be).
+
+        Raises:
+            ConfigError: if names, weights or type are not as above.
+            FactorError: names the layer where the adapters' factors or layouts differ.
+        """
+        combine_adapters(self, adapters, weights, adapter_name, combination_type)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # Carries `adapter_names` of a forward or generate call to the layers, as PEFT's LoRA does.
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {name for layer in self.modules() if isinstance(layer, KronALayer) for name in layer.krona_A}
+        unknown = set(adapter_names) - known - {"__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+
+        num_beams = kwargs.get("num_beams", None)
+        beams = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        encoder = getattr(self.model, "get_encoder", lambda: None)() if beams > 1 else None
+        in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) else set()
+        handles = []
+        for module in self.modules():
+            if isinstance(module, (KronALayer, AuxiliaryTrainingWrapper)):
+                # Beam search repeats the decoder's inputs, but not the encoder's.
+                names = list(adapter_names) if module in in_encoder else repeated
+                hook = partial(_inject_adapter_names, adapter_names=names)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _inject_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def layer_settings(config: KronAConfig, key: str) -> dict[str, Any]:
+    """r, alpha and (a_out, a_in) of the layer called `key`, patterns applied."""
+    patterns = (config.rank_pattern, config.alpha_pattern, config.factor_pattern)
+    defaults = (config.r, config.alpha, (config.a_out, config.a_in))
+    r, alpha, factors = (
+        pattern.get(get_pattern_key(pattern.keys(), key), default)
+        for pattern, default in zip(patterns, defaults, strict=True)
+    )
+    return {"r": r, "alpha": alpha, "factors": tuple(factors), "name": key}
+
+
+def new_layer(
+    target: nn.Module, parent: nn.Module, adapter_name: str, config: KronAConfig, **kwargs: Any
+) -> KronALayer:
+    """The adapted layer for a target module (which may already be another tuner's layer).
+
+    Raises:
+        UnsupportedLayerError: (a TypeError) names the module, its type and what is supported.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(parent, nn.MultiheadAttention):
+        raise UnsupportedLayerError(
+            f"Cannot adapt '{kwargs['name']}' ({type(base).__name__}): nn.MultiheadAttention reads the weight of its "
+            "out_proj without calling it, so an adapter would silently have no effect. Remove it from `target_modules`."
+        )
+    for base_cls, layer_cls in KronAModel.layers_mapping.items():
+        if isinstance(base, base_cls):
+            break
+    else:
+        backend = resolve_quantization_backend(base, **kwargs.get("quantization_kwargs", {}))
+        if backend is None or backend.layer_type != "linear":
+            supported = ", ".join(cls.__name__ for cls in KronAModel.layers_mapping)
+            raise UnsupportedLayerError(
+                f"Cannot adapt '{kwargs['name']}' of type {type(base).__name__}: KronA supports {supported} and "
+                "quantized linear layers. Choose other `target_modules`, or leave it out with `exclude_modules`."
+            )
+        layer_cls = Linear
+    if layer_cls is Linear:
+        kwargs["fan_in_fan_out"] = isinstance(base, Conv1D) or config.fan_in_fan_out
+        if config.fan_in_fan_out and isinstance(base, nn.Linear):
+            warnings.warn(
+                "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. "
+                "Setting fan_in_fan_out to False.",
+                stacklevel=2,
+            )
+            kwargs["fan_in_fan_out"] = False
+    return layer_cls(target, adapter_name, config, **kwargs)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base weight of a merged layer, kept so that it can be put back bit for bit.
+
+W + dW is rounded to W's dtype, so W cannot be computed back from it. `BaseWeightSnapshot` therefore keeps the original
+tensor itself (on its device, one weight per merged layer) and puts that very tensor back. If something else changed the
+merged weight in between (another tuner's merge, a cast, an optimizer), putting the original back would undo that change;
+then dW is subtracted instead, with a warning that this is exact only up to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from .layer import KronALayer
+
+_INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class BaseWeightSnapshot:
+    """The base weight of one layer as it was before the first merge."""
+
+    def __init__(self, layer: KronALayer) -> None:
+        self._base_layer = layer.get_base_layer()
+        self._quantized = layer.quantization_backend is not None
+        self._weight = self._base_layer._parameters.get("weight") if self._quantized else self._base_layer.weight.data
+        # bitsandbytes keeps the 8-bit statistics beside the weight
+        self._state = copy.copy(getattr(self._base_layer, "state", None)) if self._quantized else None
+        self._owner = _owner_of(layer, self._base_layer)
+        self._merged_bits: int | None = None
+
+    def original(self, layer: KronALayer) -> torch.Tensor:
+        """The weight before the merge, as a plain float tensor; do not modify it."""
+        if not self._quantized:
+            return self._weight
+        current = self._put_back(self._weight)
+        try:
+            return layer.quantization_backend.get_base_weight(self._base_layer)
+        finally:
+            self._put_back(current)
+
+    def seal(self) -> None:
+        """Remember the merged weight's bits, to notice later whether something else changed it."""
+        if not self._quantized:
+            self._merged_bits = _bits(self._base_layer.weight.data)
+
+    def untouched(self) -> bool:
+        """Whether the weight is still the one that the merge wrote."""
+        return self._quantized or _bits(self._base_layer.weight.data) == self._merged_bits
+
+    def restore(self) -> None:
+        """Put the original weight back, bit for bit."""
+        if self._quantized:
+            self._owner.base_layer = self._base_layer  # some backends (HQQ) replace the module on merge
+            self._put_back(self._weight)
+            if self._state is not None:
+                self._base_layer.state = self._state
+        else:
+            weight = self._base_layer.weight
+            weight.data = self._weight.to(weight.device)
+
+    def _put_back(self, weight: torch.Tensor | None) -> torch.Tensor | None:
+        """Swap a quantized weight object; returns the one that was there."""
+        current = self._base_layer._parameters.get("weight")
+        if weight is not None:
+            self._base_layer._parameters["weight"] = weight
+        return current
+
+
+def _owner_of(layer: nn.Module, base_layer: nn.Module) -> nn.Module:
+    while layer.base_layer is not base_layer:
+        layer = layer.base_layer
+    return layer
+
+
+def _bits(weight: torch.Tensor) -> int:
+    """A checksum of the weight's bits."""
+    return int(weight.contiguous().view(_INT_OF_SIZE[weight.element_size()]).sum(dtype=torch.int64))
+
+
+def subtract_with_warning(weight: torch.Tensor, delta: torch.Tensor, where: str) -> torch.Tensor:
+    """W - dW in at least fp32, for a merged weight that something else changed since."""
+    warnings.warn(
+        f"The base weight of {where} was changed by something else while a KronA adapter was merged into it, so the "
+        "original cannot be put back. dW was subtracted instead, which is exact only up to rounding. Unmerge in the "
+        "reverse order of merging, and do not cast or train the base model in between, to get it back bit for bit.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return (weight.to(delta.dtype) - delta).to(weight.dtype)
