@@ -12,26 +12,44 @@ Every conversion is a function from tensors to tensors by way of `Adapter`; `rea
 """
 
 from .adapter import Adapter, KronaLayer, shapes_of_models
+from .base import base_of_folder, guess_base, shapes_of_folder
+from .diff import to_diff
 from .diffusekrona import from_diffusekrona
+from .export import FORMATS, Report, choose_format, export, tolerance
+from .loha import to_loha
 from .lokr import from_lokr, to_lokr
 from .lora import from_lora, to_lora, to_lora_peft
-from .names import BASES
+from .names import BASES, UNetNames
+from .nearest import from_difference, nearest_kronecker
 from .peft import from_peft, to_peft
 from .reading import from_tensors, read_adapter
 
 __all__ = [
     "BASES",
+    "FORMATS",
     "Adapter",
     "KronaLayer",
+    "Report",
+    "UNetNames",
+    "base_of_folder",
+    "choose_format",
+    "export",
+    "from_difference",
     "from_diffusekrona",
     "from_lokr",
     "from_lora",
     "from_peft",
     "from_tensors",
+    "guess_base",
+    "nearest_kronecker",
     "read_adapter",
+    "shapes_of_folder",
     "shapes_of_models",
+    "to_diff",
+    "to_loha",
     "to_lokr",
     "to_lora",
     "to_lora_peft",
     "to_peft",
+    "tolerance",
 ]

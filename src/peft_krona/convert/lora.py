@@ -224,10 +224,10 @@ def _in_layer_shape(layer: KronaLayer, up: torch.Tensor, down: torch.Tensor) -> 
     return up.reshape(-1, rank, *[1] * len(kernel)), down.reshape(rank, n_in, *kernel)
 
 
-def lora_deltas(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
-    """((component, module), dW in float64) for each layer, straight from the file's own definition."""
+def lora_deltas(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(layer name, dW (out, in, *kernel) in float64) for each layer, straight from the file's definition."""
     for stem, down, up, alpha in _pairs(tensors):
         rank = down.shape[0]
         scale = scalar_alpha(stem, alpha, rank) / rank
         dW = up.double().reshape(up.shape[0], rank) @ down.double().reshape(rank, -1) * scale
-        yield _name(stem), dW.reshape(up.shape[0], *down.shape[1:])
+        yield stem, dW.reshape(up.shape[0], *down.shape[1:])

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of the base model: its kind (for names and metadata) and, given its folder, its weights' shapes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from ..errors import FormatError
+from .adapter import Adapter
+from .files import read_header
+from .names import BASES, UNetNames, to_file_name
+
+_BY_CROSS_ATTENTION = {names.cross_attention_dim: kind for kind, names in BASES.items()}
+_LATER_BLOCK = re.compile(r"\.transformer_blocks\.[1-9]")
+
+
+def guess_base(adapter: Adapter) -> UNetNames:
+    """The kind of Stable Diffusion that an adapter is for, from the sizes and names of its layers.
+
+    Raises:
+        FormatError: if neither tells it.
+    """
+    inputs = {
+        layer.shape[1]
+        for layer in adapter
+        if layer.component == "unet" and layer.module.endswith((".attn2.to_k", ".attn2.to_v"))
+    }
+    kinds = {_BY_CROSS_ATTENTION[size] for size in inputs if size in _BY_CROSS_ATTENTION}
+    # Only SDXL has more than one transformer block in an attention.
+    deep = any(layer.component == "unet" and _LATER_BLOCK.search(layer.module) for layer in adapter)
+    if not kinds and (deep or "text_encoder_2" in adapter.components):
+        kinds = {"sdxl"}
+    if not kinds and adapter.components == ("text_encoder",):
+        hidden = {layer.shape[1] for layer in adapter if layer.module.endswith(("q_proj", "k_proj", "v_proj", "fc1"))}
+        kinds = {_BY_CROSS_ATTENTION[size] for size in hidden if size in (768, 1024)}
+    if len(kinds) != 1:
+        raise FormatError(
+            "The adapter's layers do not tell which Stable Diffusion it is for. Say so with --base sd15, sd2, sdxl or "
+            "the base model's folder."
+        )
+    return BASES[kinds.pop()]
+
+
+def base_of_folder(folder: str | os.PathLike) -> UNetNames | None:
+    """The kind of the pipeline in a folder, from its UNet's config; None if it has no UNet.
+
+    Raises:
+        FormatError: if the folder is no diffusers pipeline, or its config cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise FormatError(
+            f"{folder}: expected a diffusers pipeline's folder (with model_index.json), or one of {', '.join(BASES)}."
+        )
+    path = folder / "unet" / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        up_attention = tuple("Attn" in name for name in config["up_block_types"])
+        layers_per_block, cross = config["layers_per_block"], config["cross_attention_dim"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise FormatError(f"{path}: not the config of a Stable Diffusion UNet ({error!r}).") from error
+    if not isinstance(layers_per_block, int) or not isinstance(cross, int):
+        raise FormatError(
+            f"{path}: layers_per_block={layers_per_block} and cross_attention_dim={cross} differ between levels; names "
+            "are known for UNets where they are one number."
+        )
+    is_xl = (folder / "text_encoder_2").is_dir() or config.get("addition_embed_type") == "text_time"
+    kind = BASES["sdxl" if is_xl else _BY_CROSS_ATTENTION.get(cross, "sd15")]
+    return UNetNames(
+        style=kind.style,
+        version=kind.version,
+        architecture=kind.architecture,
+        cross_attention_dim=cross,
+        linear_projection=bool(config.get("use_linear_projection")),
+        up_attention=up_attention,
+        layers_per_block=layers_per_block,
+    )
+
+
+def shapes_of_folder(folder: str | os.PathLike) -> dict[str, dict[str, tuple[int, ...]]]:
+    """{component: {module: weight shape}} of a pipeline's folder, from the headers of its safetensors files.
+
+    Raises:
+        FormatError: if there are no safetensors weights in it.
+    """
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for path in sorted(Path(folder).glob("*/*.safetensors")):
+        component = path.parent.name
+        for key, (_, shape) in read_header(path).items():
+            if key.endswith(".weight") and len(shape) > 1:
+                shapes.setdefault(component, {})[to_file_name(component, key.removesuffix(".weight"))] = shape
+    if not shapes:
+        raise FormatError(f"{folder}: there are no safetensors weights in its subfolders.")
+    return shapes

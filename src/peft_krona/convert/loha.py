@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoHa files (LyCORIS, ComfyUI, A1111): dW = alpha / rank * (w1_a w1_b) * (w2_a w2_b), an elementwise product.
+
+A Kronecker product of one term is such a product, in either layout: every entry of dW is an entry of A times an entry
+of B, so A and B are each spread to the size of dW. Spreading repeats rows and columns, which leaves the rank as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+
+import torch
+
+from ..errors import FormatError
+from .adapter import Adapter, KronaLayer
+from .lokr import scalar_alpha
+from .lora import low_rank
+from .names import UNetNames, to_kohya_name
+from .pairs import group_by_layer
+
+_FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+
+
+def loha_factors(layer: KronaLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """w1_a (out, R), w1_b (R, in * prod(kernel)), w2_a and w2_b likewise, in float64; R = max(rank A, rank B).
+
+    Raises:
+        FormatError: if the layer has more than one term.
+    """
+    if layer.r > 1:
+        raise FormatError(
+            f"{layer.name} has r={layer.r} terms, whose sum is no elementwise product of two low-rank matrices. "
+            "Use --to lora, --to diff, or --split-terms (one file a term, loaded together)."
+        )
+    A, B = (factor[0] for factor in layer.balanced())
+    (a_out, _), (b_out, b_in) = A.shape, B.shape[:2]
+    rows, columns = torch.arange(layer.shape[0]), torch.arange(layer.shape[1])
+    i, u = (rows // b_out, rows % b_out) if layer.layout == "kron" else (rows % a_out, rows // a_out)
+    k, v = columns // b_in, columns % b_in
+    K = prod(layer.kernel)
+    (left_A, right_A), (left_B, right_B) = low_rank(A), low_rank(B.flatten(1))
+    w1_b = right_A[:, k].repeat_interleave(K, dim=1)
+    w2_b = right_B.reshape(-1, b_in, K)[:, v].flatten(1)
+    rank = max(left_A.shape[1], left_B.shape[1])
+    return (
+        _padded(left_A[i], 1, rank),
+        _padded(w1_b, 0, rank),
+        _padded(left_B[u], 1, rank),
+        _padded(w2_b, 0, rank),
+    )
+
+
+def _padded(matrix: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+    """The matrix with zero rows (dim 0) or columns (dim 1) up to `rank`."""
+    missing = rank - matrix.shape[dim]
+    return torch.nn.functional.pad(matrix, (0, missing, 0, 0) if dim == 1 else (0, 0, 0, missing))
+
+
+def to_loha(adapter: Adapter, base: UNetNames, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+    """Write as a LoHa file: exact for one term a layer in either layout, rank max(rank A, rank B), alpha = rank.
+
+    Raises:
+        FormatError: names the layer with more than one term, and the formats that can hold it.
+    """
+    tensors = {}
+    two = "text_encoder_2" in adapter.components
+    for layer in adapter:
+        name = to_kohya_name(layer.component, layer.module, base, two)
+        factors = loha_factors(layer)
+        tensors |= {f"{name}.{ending}": factor.to(dtype) for ending, factor in zip(_FACTORS, factors, strict=True)}
+        tensors[f"{name}.alpha"] = torch.tensor(float(factors[0].shape[1]))
+    return tensors
+
+
+def loha_deltas(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(layer name, dW (out, in * prod(kernel)) in float64) for each layer, straight from the file's definition."""
+    for name, parts in group_by_layer(tensors, _FACTORS, ("alpha",)).items():
+        w1_a, w1_b, w2_a, w2_b = (parts[ending].double() for ending in _FACTORS)
+        rank = w1_b.shape[0]
+        yield name, (w1_a @ w1_b) * (w2_a @ w2_b) * (scalar_alpha(name, parts.get("alpha"), rank) / rank)
