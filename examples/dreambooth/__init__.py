@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Helpers of examples/dreambooth_kron.py: what the training loop calls, one subject per file."""
+
+
+class TrainingError(Exception):
+    """Something that the user can put right; the message says what was expected, what was found and what to do."""

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line. Flags that diffusers' DreamBooth LoRA scripts have keep their names."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from . import TrainingError
+
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "piecewise_constant",
+)
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+# diffusers' default is 1e-4 for LoRA; 5e-4 is the DiffuseKronA paper's optimum
+LEARNING_RATES = {"krona": 5e-4, "lokr": 5e-4, "lora": 1e-4}
+SECRETS = ("hub_token",)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dreambooth_kron.py",
+        description="DreamBooth with a Kronecker adapter (or LoRA, or LoKr) for Stable Diffusion 1.x, 2.x and SDXL.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    group = parser.add_argument_group("demo")
+    group.add_argument(
+        "--demo",
+        metavar="SUBJECT",
+        help="Train on a shipped subject and the shipped pipeline (what no arguments do); "
+        "other flags override its settings.",
+    )
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--pretrained_model_name_or_path", help="Pipeline folder or Hub id (SD 1.x, 2.x or SDXL).")
+    group.add_argument("--pretrained_vae_model_name_or_path", help="Another VAE, e.g. the fp16 fix for SDXL.")
+    group.add_argument("--revision", help="Revision of the pipeline on the Hub.")
+    group.add_argument("--variant", help="Variant of the weight files, e.g. fp16.")
+    group.add_argument("--cache_dir", help="Where downloads are kept.")
+    group.add_argument("--train_text_encoder", action="store_true", help="Adapt the text encoder too (both on SDXL).")
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--instance_data_dir", help="Folder with the images (itself, or its `input` folder), or one image."
+    )
+    group.add_argument("--dataset_name", help="A dataset for `datasets.load_dataset`, instead of a folder.")
+    group.add_argument("--dataset_config_name", help="The dataset's configuration.")
+    group.add_argument("--dataset_split", default="train", help="The dataset's split.")
+    group.add_argument("--image_column", default="image", help="Column with the image.")
+    group.add_argument(
+        "--caption_column", help="Column (or key of metadata.jsonl, where `text` is the default) with the caption."
+    )
+    group.add_argument("--instance_prompt", help="Prompt with the identifier; used for images that have no caption.")
+    group.add_argument("--repeats", type=positive_int, default=1, help="How often an epoch shows each image.")
+    group.add_argument("--resolution", type=positive_int, help="Side of the images; default: what the pipeline makes.")
+    group.add_argument("--center_crop", action="store_true", help="Crop the centre; default: a random part.")
+    group.add_argument("--random_flip", action="store_true", help="Flip half of the images horizontally.")
+    group.add_argument("--image_interpolation_mode", default="lanczos", choices=INTERPOLATIONS, help="For resizing.")
+    group.add_argument(
+        "--aspect_ratio_buckets",
+        metavar="BUCKETS",
+        help='"auto", or "height,width;height,width;..."; each image goes '
+        "to the nearest shape, and a batch has one shape.",
+    )
+    group.add_argument("--caption_dropout", type=probability, default=0.0, help="How often a caption is left empty.")
+    group.add_argument("--cache_latents", action="store_true", help="Encode each image once. Fixes its random crop.")
+    group.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that load images.")
+
+    group = parser.add_argument_group("prior preservation")
+    group.add_argument("--with_prior_preservation", action="store_true", help="Also train on images of the class.")
+    group.add_argument("--class_data_dir", help="Folder of class images; missing ones are generated into it.")
+    group.add_argument("--class_prompt", help="Prompt of the class images, e.g. 'a photo of a dog'.")
+    group.add_argument("--num_class_images", type=positive_int, default=100, help="How many there should be.")
+    group.add_argument("--prior_loss_weight", type=float, default=1.0, help="Weight of their loss.")
+    group.add_argument(
+        "--prior_generation_precision",
+        choices=("no", "fp32", "fp16", "bf16"),
+        help="Default: fp16 on a GPU, else fp32.",
+    )
+    group.add_argument("--sample_batch_size", type=positive_int, default=4, help="Class images generated at once.")
+
+    group = parser.add_argument_group("adapter")
+    group.add_argument("--adapter_type", choices=tuple(LEARNING_RATES), default="krona", help="What is trained.")
+    group.add_argument(
+        "--target_modules",
+        nargs="+",
+        help="UNet modules to adapt: names, or one regular expression. Default: to_q to_k to_v to_out.0.",
+    )
+    group.add_argument("--text_encoder_target_modules", nargs="+", help="Default: q_proj k_proj v_proj out_proj.")
+    group.add_argument("--krona_a_out", type=positive_int, default=64, help="Rows of A (the paper's a2).")
+    group.add_argument("--krona_a_in", type=positive_int, default=4, help="Columns of A (the paper's a1).")
+    for part in "qkvo":
+        group.add_argument(f"--krona_unet_{part}_a_out", type=positive_int, help=f"The same for the UNet's {part}.")
+        group.add_argument(f"--krona_unet_{part}_a_in", type=positive_int, help=f"The same for the UNet's {part}.")
+    group.add_argument(
+        "--strict_factors",
+        action="store_true",
+        help="Stop where a factor does not divide a layer's size; default: take the largest divisor below it.",
+    )
+    group.add_argument(
+        "--rank", type=positive_int, help="KronA: number of Kronecker terms (default 1). LoRA, LoKr: rank (default 4)."
+    )
+    group.add_argument("--alpha", type=float, help="Scale. Default: 1 for KronA, the rank for LoRA and LoKr.")
+    group.add_argument(
+        "--scaling",
+        choices=("alpha", "rank", "rslora", "cdka"),
+        default="alpha",
+        help="KronA: how the scale follows from alpha.",
+    )
+    group.add_argument(
+        "--init_weights",
+        choices=("diffusekrona", "kaiming", "cdka"),
+        default="diffusekrona",
+        help="KronA: initialisation.",
+    )
+    group.add_argument(
+        "--layout",
+        choices=("kron", "diffusekrona"),
+        default="kron",
+        help="KronA: the paper's product, or what the released DiffuseKronA code computes.",
+    )
+    group.add_argument(
+        "--adapter_dropout",
+        "--lora_dropout",
+        type=probability,
+        default=0.0,
+        dest="adapter_dropout",
+        help="Dropout on the adapter's input (LoKr: on its rank).",
+    )
+    group.add_argument(
+        "--module_dropout", type=probability, default=0.0, help="How often a layer's adapter is skipped."
+    )
+    group.add_argument("--lokr_factor", type=int, default=-1, help="LoKr: its decompose_factor.")
+    group.add_argument("--use_dora", action="store_true", help="LoRA: weight-decomposed (DoRA).")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--output_dir", default="krona-dreambooth-model", help="Where everything is written.")
+    group.add_argument(
+        "--overwrite_output_dir",
+        action="store_true",
+        help="Start anew although --output_dir has checkpoints of another run; they are deleted.",
+    )
+    group.add_argument("--seed", type=int, default=0, help="Fixes everything that is random.")
+    group.add_argument("--train_batch_size", type=positive_int, default=4, help="Images per process and micro-step.")
+    group.add_argument("--num_train_epochs", type=positive_int, help="Passes over the images.")
+    group.add_argument("--max_train_steps", type=positive_int, help="Overrides --num_train_epochs. Default: 500.")
+    group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="Micro-steps per update.")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, more time.")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="Clip gradients; 0: do not.")
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: accelerate's setting.")
+    group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products.")
+    group.add_argument("--snr_gamma", type=float, help="Min-SNR loss weights; 5.0 is usual.")
+    group.add_argument("--noise_offset", type=float, default=0.0, help="Adds a constant of this size to the noise.")
+    group.add_argument(
+        "--enable_xformers_memory_efficient_attention",
+        action="store_true",
+        help="Default: PyTorch's scaled_dot_product_attention.",
+    )
+    group.add_argument("--torch_compile", action="store_true", help="Compile the UNet.")
+    group.add_argument("--offload", action="store_true", help="Keep VAE and text encoders on the CPU while not in use.")
+    group.add_argument("--local_rank", type=int, default=-1, help="Set by launchers.")
+
+    group = parser.add_argument_group("optimizer")
+    group.add_argument(
+        "--optimizer",
+        default="AdamW",
+        help="AdamW, prodigy, schedulefree, or a class of torch.optim, or "
+        "any importable class such as package.module.Class.",
+    )
+    group.add_argument("--optimizer_args", nargs="*", default=[], metavar="NAME=VALUE", help="More of its arguments.")
+    group.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes.")
+    group.add_argument("--learning_rate", type=float, help="Default: 5e-4 (LoRA: 1e-4; Prodigy: 1).")
+    group.add_argument("--learning_rate_a", type=float, help="Another one for A (LoRA's lora_A, LoKr's w1).")
+    group.add_argument("--learning_rate_b", type=float, help="Another one for B (LoRA's lora_B, LoKr's w2).")
+    group.add_argument("--text_encoder_lr", type=float, help="Default: 1/20 of --learning_rate.")
+    group.add_argument("--scale_lr", action="store_true", help="Multiply by processes, accumulation and batch size.")
+    group.add_argument("--lr_scheduler", choices=SCHEDULES, default="constant", help="Schedule of the learning rate.")
+    group.add_argument("--lr_warmup_steps", type=int, default=0, help="For the schedules that have a warm-up.")
+    group.add_argument("--lr_num_cycles", type=int, default=1, help="For cosine_with_restarts.")
+    group.add_argument("--lr_power", type=float, default=1.0, help="For polynomial.")
+    group.add_argument("--lr_step_rules", help='For piecewise_constant, e.g. "1:100,0.1:400,0.01".')
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="Also Prodigy's and schedule-free's.")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="The same.")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="The same.")
+    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="For every optimizer that has it.")
+    group.add_argument("--adam_weight_decay_text_encoder", type=float, help="Default: --adam_weight_decay.")
+    group.add_argument("--prodigy_beta3", type=float, help="Default: the root of beta2.")
+    for name in ("decouple", "use_bias_correction", "safeguard_warmup"):
+        group.add_argument(f"--prodigy_{name}", type=boolean, default=True, help="Prodigy's argument of this name.")
+
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument("--checkpointing_steps", type=positive_int, default=500, help="Save the state every N updates.")
+    group.add_argument("--checkpoints_total_limit", type=positive_int, help="Keep so many; the oldest goes first.")
+    group.add_argument("--resume_from_checkpoint", help='A checkpoint folder, or "latest".')
+
+    group = parser.add_argument_group("feedback")
+    group.add_argument("--validation_prompt", nargs="+", help="Prompt(s) for images made during and after training.")
+    group.add_argument("--num_validation_images", type=int, default=4, help="Images per prompt.")
+    group.add_argument("--validation_epochs", type=positive_int, default=50, help="Make them every N epochs ...")
+    group.add_argument("--validation_steps", type=positive_int, help="... or every N updates.")
+    group.add_argument("--validation_inference_steps", type=positive_int, default=25, help="Steps of the sampler.")
+    group.add_argument("--validation_guidance_scale", type=float, default=7.0, help="The paper finds 7 best.")
+    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all or none.")
+    group.add_argument("--logging_dir", default="logs", help="Under --output_dir.")
+
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--export",
+        choices=("auto", "lokr", "lora", "loha", "none"),
+        default="auto",
+        help="Also write one file for ComfyUI, A1111 and others; auto takes the format that holds the adapter exactly.",
+    )
+    group.add_argument(
+        "--output_kohya_format", action="store_true", help="The diffusers scripts' name of --export auto."
+    )
+    group.add_argument("--push_to_hub", action="store_true", help="Upload the output folder.")
+    group.add_argument("--hub_model_id", help="Repository; default: the name of --output_dir.")
+    group.add_argument("--hub_token", help="Token; better: `hf auth login`.")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None, demo_settings: Any = None) -> argparse.Namespace:
+    """Parse and check. `demo_settings(subject)` gives the defaults that --demo sets.
+
+    Raises:
+        TrainingError: if flags are missing or contradict each other.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.demo is not None:
+        parser.set_defaults(**demo_settings(args.demo))
+        args = parser.parse_args(argv)
+    check(args)
+    complete(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    def require(condition: Any, message: str) -> None:
+        if not condition:
+            raise TrainingError(message)
+
+    require(
+        args.pretrained_model_name_or_path,
+        "--pretrained_model_name_or_path is missing: give a pipeline folder or a "
+        "Hub id, or use --demo for the shipped one.",
+    )
+    sources = [args.instance_data_dir, args.dataset_name]
+    require(any(sources), "No training images: give --instance_data_dir FOLDER or --dataset_name NAME.")
+    require(not all(sources), "--instance_data_dir and --dataset_name were both given; keep one of them.")
+    if args.with_prior_preservation:
+        for name in ("class_data_dir", "class_prompt"):
+            require(getattr(args, name), f"--with_prior_preservation needs --{name}.")
+    if args.adapter_type != "krona":
+        given = [
+            f"--krona_unet_{p}_{a}" for p in "qkvo" for a in ("a_out", "a_in") if getattr(args, f"krona_unet_{p}_{a}")
+        ]
+        require(not given, f"{', '.join(given)}: only for --adapter_type krona, not {args.adapter_type}.")
+    require(
+        not args.use_dora or args.adapter_type == "lora",
+        f"--use_dora is for --adapter_type lora, not {args.adapter_type}.",
+    )
+    require(
+        not (args.use_8bit_adam and args.optimizer.lower() != "adamw"),
+        f"--use_8bit_adam is for --optimizer AdamW, not {args.optimizer}.",
+    )
+    require(
+        args.lr_scheduler != "piecewise_constant" or args.lr_step_rules,
+        "--lr_scheduler piecewise_constant needs --lr_step_rules.",
+    )
+    if args.optimizer.lower() == "prodigy":
+        require(
+            args.learning_rate_a is None and args.learning_rate_b is None and args.text_encoder_lr is None,
+            "Prodigy finds one learning rate for all parameters: drop --learning_rate_a, --learning_rate_b and "
+            "--text_encoder_lr.",
+        )
+    if args.report_to == "wandb":
+        require(args.hub_token is None, "--report_to wandb would publish --hub_token; use `hf auth login` instead.")
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Fill in the defaults that depend on other flags."""
+    prodigy = args.optimizer.lower() == "prodigy"
+    if args.learning_rate is None:
+        args.learning_rate = 1.0 if prodigy else LEARNING_RATES[args.adapter_type]
+    if args.text_encoder_lr is None:
+        args.text_encoder_lr = args.learning_rate if prodigy else args.learning_rate / 20
+    if args.rank is None:
+        args.rank = 1 if args.adapter_type == "krona" else 4
+    if args.alpha is None:
+        args.alpha = 1.0 if args.adapter_type == "krona" else float(args.rank)
+    if args.adam_weight_decay_text_encoder is None:
+        args.adam_weight_decay_text_encoder = args.adam_weight_decay
+    if args.num_train_epochs is None and args.max_train_steps is None:
+        args.max_train_steps = 500
+    if args.output_kohya_format and args.export == "none":
+        args.export = "auto"
+    args.target_modules = modules(args.target_modules)
+    args.text_encoder_target_modules = modules(args.text_encoder_target_modules)
+    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+
+
+def modules(names: list[str] | None) -> list[str] | str | None:
+    """Names as given ("to_q,to_k" or "to_q" "to_k"), or a regular expression as one string."""
+    if not names:
+        return None
+    if len(names) == 1 and re.search(r"[*+?()\[\]|\\^$]", names[0]):
+        return names[0]
+    return [part for name in names for part in name.split(",") if part]
+
+
+def settings(args: argparse.Namespace) -> dict[str, str | int | float | bool]:
+    """The arguments as trackers and metadata take them, without secrets."""
+    plain = {k: v for k, v in vars(args).items() if v is not None and k not in SECRETS}
+    return {k: v if isinstance(v, (str, int, float, bool)) else str(v) for k, v in plain.items()}
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, received {text!r}")
+    return value
+
+
+def probability(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and 0 <= value < 1):
+        raise argparse.ArgumentTypeError(f"expected a number from 0 up to but not 1, received {text!r}")
+    return value
+
+
+def boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, received {text!r}")

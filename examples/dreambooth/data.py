@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images and captions: read, cropped, put into batches.
+
+Everything random about a sample comes from its number, counted over the whole training and over all processes. So the
+data position is one number: a resumed run continues where the other stopped, and several processes together see what
+one process with the same global batch sees.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets, parse_buckets_string
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import Dataset, Sampler
+
+from . import TrainingError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+Size = tuple[int, int]  # height, width
+
+
+@dataclass
+class Picture:
+    """One image with its caption. `latents`: (mean, std, crop corner) by (size, flip), where cached."""
+
+    load: Callable[[], Image.Image]
+    name: str
+    caption: str
+    size: Size
+    bucket: int = 0
+    latents: dict[tuple[Size, bool], tuple[torch.Tensor, torch.Tensor, Size]] = field(default_factory=dict)
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def open_image(path: Path) -> Image.Image:
+    """The image as RGB, upright, transparent parts white.
+
+    Raises:
+        TrainingError: names a file that is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return as_rgb(image)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise TrainingError(
+            f"{path} cannot be read as an image ({error}). Replace it, or remove it from the folder."
+        ) from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder: those in it or, if there are none, those in its `input` folder.
+
+    Other folders, `generated` above all, are left alone.
+    """
+    if folder.is_file():
+        return [folder]
+    for place in (folder, folder / "input"):
+        found = sorted(p for p in place.glob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        if found:
+            return found
+    return []
+
+
+def read_folder(folder: str | Path, default_caption: str | None, caption_column: str | None = None) -> list[Picture]:
+    """Images with captions from metadata.jsonl, from NAME.txt beside NAME.png, or `default_caption`."""
+    folder = Path(folder)
+    if not folder.exists():
+        raise TrainingError(f"{folder} does not exist: --instance_data_dir expects a folder of images, or one image.")
+    files = image_files(folder)
+    if not files:
+        inside = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and image_files(p)]
+        hint = f" Its folders {', '.join(inside)} have some: choose one of them." if inside else ""
+        raise TrainingError(
+            f"{folder} has no images, nor has {folder / 'input'}; expected files ending in "
+            f"{', '.join(sorted(SUFFIXES))}.{hint}"
+        )
+    metadata = read_metadata(files[0].parent / "metadata.jsonl", caption_column or "text")
+    pictures = []
+    for path in files:
+        caption, sidecar = metadata.get(path.name), path.with_suffix(".txt")
+        if not caption and sidecar.is_file():
+            caption = sidecar.read_text(encoding="utf-8").strip()
+        pictures.append(
+            Picture(
+                lambda path=path: open_image(path), str(path), caption or default_caption, size_of(open_image(path))
+            )
+        )
+    return check_captions(pictures)
+
+
+def read_metadata(path: Path, column: str) -> dict[str, str]:
+    """{file name: caption} of a metadata.jsonl as `datasets` has it; empty if there is none."""
+    if not path.is_file():
+        return {}
+    captions = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            captions[row["file_name"]] = row[column]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise TrainingError(
+                f"{path}, line {number}: expected a JSON object with file_name and {column!r} ({error!r}); choose "
+                "another key with --caption_column."
+            ) from error
+    return captions
+
+
+def read_dataset(args: Any) -> list[Picture]:
+    """Images and captions of a dataset on the Hub or on disk."""
+    from datasets import load_dataset
+
+    data = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split, cache_dir=args.cache_dir)
+    for flag, column in (("image_column", args.image_column), ("caption_column", args.caption_column)):
+        if column is not None and column not in data.column_names:
+            raise TrainingError(f"--{flag} {column!r}: the dataset's columns are {', '.join(data.column_names)}.")
+    pictures = []
+    for i in range(len(data)):
+        caption = data[i][args.caption_column] if args.caption_column else None
+        image = data[i][args.image_column]
+        if not isinstance(image, Image.Image):
+            raise TrainingError(
+                f"Column {args.image_column!r} holds {type(image).__name__}, not images; set --image_column."
+            )
+        pictures.append(
+            Picture(
+                lambda i=i: as_rgb(data[i][args.image_column]),
+                f"{args.dataset_name}[{i}]",
+                caption or args.instance_prompt,
+                size_of(as_rgb(image)),
+            )
+        )
+    if not pictures:
+        raise TrainingError(f"--dataset_name {args.dataset_name}: split {args.dataset_split!r} is empty.")
+    return check_captions(pictures)
+
+
+def check_captions(pictures: list[Picture]) -> list[Picture]:
+    for picture in pictures:
+        if not picture.caption:
+            raise TrainingError(
+                f"{picture.name} has no caption. Give --instance_prompt for all images, a .txt file beside the image, "
+                "a metadata.jsonl, or --caption_column."
+            )
+    return pictures
+
+
+def size_of(image: Image.Image) -> Size:
+    return image.height, image.width
+
+
+# -- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def choose_buckets(text: str | None, resolution: int, multiple: int) -> list[Size]:
+    """The shapes (height, width) that images are brought to: the square, a list, or a ladder of aspect ratios.
+
+    `multiple`: what the pipeline needs sides to be a multiple of.
+    """
+    if text is None:
+        buckets = [(resolution, resolution)]
+    elif text == "auto":
+        buckets = generate_aspect_ratio_buckets(resolution, divisibility=multiple)
+    else:
+        try:
+            buckets = parse_buckets_string(text)
+        except ValueError as error:
+            raise TrainingError(
+                f'--aspect_ratio_buckets {text!r}: {error} Expected "auto" or e.g. "768,512;512,768".'
+            ) from error
+    for bucket in buckets:
+        if bucket[0] % multiple or bucket[1] % multiple:
+            raise TrainingError(
+                f"Image size {bucket[0]}x{bucket[1]}: this pipeline needs both sides to be multiples of {multiple}; "
+                "set --resolution or --aspect_ratio_buckets accordingly."
+            )
+    return buckets
+
+
+def fit(
+    image: Image.Image, size: Size, corner: tuple[float, float] | None, flip: bool, resample: str
+) -> tuple[torch.Tensor, Size]:
+    """Resize to cover `size` and crop. `corner`: where, as fractions (None: the centre).
+
+    Returns the pixels, 3 x height x width from -1 to 1, and the crop's top left corner in the resized image.
+    """
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    image = image.resize(covering, Image.Resampling[resample.upper()])
+    if flip:
+        image = ImageOps.mirror(image)
+    free = image.height - height, image.width - width
+    top, left = (
+        (round(f / 2) for f in free)
+        if corner is None
+        else (int(c * (f + 1)) for c, f in zip(corner, free, strict=True))
+    )
+    image = image.crop((left, top, left + width, top + height))
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return pixels, (top, left)
+
+
+# -- samples ---------------------------------------------------------------------------------------------------------
+
+
+def sample_rng(seed: int, number: int, purpose: int) -> np.random.Generator:
+    """The random generator of one sample for one purpose."""
+    return np.random.default_rng([seed, number, purpose])
+
+
+def torch_rng(seed: int, number: int, purpose: int) -> torch.Generator:
+    """The same for torch, on the CPU, so that it does not depend on the device."""
+    key = np.random.SeedSequence([seed, number, purpose]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(key & np.uint64(2**63 - 1)))
+
+
+AUGMENT, NOISE, CLASS_AUGMENT, CLASS_NOISE, DROPOUT, ORDER, CACHE = range(7)
+
+
+class DreamBoothDataset(Dataset):
+    """Samples by (index of the picture, number of the sample)."""
+
+    def __init__(self, pictures: list[Picture], buckets: list[Size], args: Any, class_pictures: list[Picture] = ()):
+        self.pictures, self.class_pictures, self.buckets, self.args = pictures, list(class_pictures), buckets, args
+        shapes = list(buckets)
+        for picture in pictures:
+            picture.bucket = find_nearest_bucket(*picture.size, shapes)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        index, number = key
+        picture = self.pictures[index]
+        rng = sample_rng(self.args.seed, number, AUGMENT)
+        sample = {"instance": self.view(picture, self.buckets[picture.bucket], rng)}
+        sample["instance"]["noise_key"] = (number, NOISE)
+        if rng.random() < self.args.caption_dropout:
+            sample["instance"]["caption"] = ""
+        if self.class_pictures:
+            rng = sample_rng(self.args.seed, number, CLASS_AUGMENT)
+            chosen = self.class_pictures[rng.integers(len(self.class_pictures))]
+            sample["class"] = self.view(chosen, self.buckets[picture.bucket], rng)
+            sample["class"]["noise_key"] = (number, CLASS_NOISE)
+        return sample
+
+    def view(self, picture: Picture, size: Size, rng: np.random.Generator) -> dict[str, Any]:
+        corner = None if self.args.center_crop else tuple(rng.random(2))
+        flip = bool(self.args.random_flip and rng.random() < 0.5)
+        view = {"caption": picture.caption, "original_size": picture.size, "target_size": size}
+        if picture.latents:
+            view["mean"], view["std"], view["crop"] = picture.latents[size, flip]
+        else:
+            view["pixels"], view["crop"] = fit(picture.load(), size, corner, flip, self.args.image_interpolation_mode)
+        return view
+
+    @torch.no_grad()
+    def cache_latents(self, vae: torch.nn.Module, progress: Callable) -> None:
+        """Encode every picture (and its mirror image, if images are flipped) once; random crops stay as drawn here."""
+        used = {self.buckets[picture.bucket] for picture in self.pictures}
+        wanted = [(p, {self.buckets[p.bucket]}) for p in self.pictures] + [(p, used) for p in self.class_pictures]
+        flips = (False, True) if self.args.random_flip else (False,)
+        for i, (picture, sizes) in enumerate(progress(wanted)):
+            corner = None if self.args.center_crop else tuple(sample_rng(self.args.seed, i, CACHE).random(2))
+            for size, flip in itertools.product(sizes, flips):
+                pixels, crop = fit(picture.load(), size, corner, flip, self.args.image_interpolation_mode)
+                posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
+                picture.latents[size, flip] = posterior.mean[0].cpu(), posterior.std[0].cpu(), crop
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Instances first, then the class images, so that one forward pass serves both."""
+    views = [s["instance"] for s in samples] + [s["class"] for s in samples if "class" in s]
+    tensors = {k: torch.stack([v[k] for v in views]) for k in ("pixels", "mean", "std") if k in views[0]}
+    lists = {k: [v[k] for v in views] for k in ("caption", "original_size", "crop", "target_size", "noise_key")}
+    return tensors | lists
+
+
+class Batches(Sampler):
+    """The batches of one process, from micro-step `start` to micro-step `stop`.
+
+    A global batch is what all processes take in one micro-step; all of it has one shape. The last batch of a shape in
+    an epoch is filled up with pictures of the same shape.
+    """
+
+    def __init__(
+        self, dataset: DreamBoothDataset, batch_size: int, process: int, processes: int, repeats: int, seed: int
+    ):
+        self.batch_size, self.process, self.seed, self.repeats = batch_size, process, seed, repeats
+        self.global_batch = batch_size * processes
+        self.groups: dict[int, list[int]] = {}
+        for index, picture in enumerate(dataset.pictures):
+            self.groups.setdefault(picture.bucket, []).append(index)
+        self.per_epoch = sum(math.ceil(len(g) * repeats / self.global_batch) for g in self.groups.values())
+        self.start, self.stop = 0, 0
+        self._epoch: tuple[int, list[list[int]]] | None = None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for micro_step in range(self.start, self.stop):
+            epoch, position = divmod(micro_step, self.per_epoch)
+            indices = self.epoch(epoch)[position]
+            first = self.process * self.batch_size
+            numbers = range(micro_step * self.global_batch, (micro_step + 1) * self.global_batch)
+            yield list(zip(indices, numbers, strict=True))[first : first + self.batch_size]
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """The global batches of an epoch, in order."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            rng, batches = sample_rng(self.seed, epoch, ORDER), []
+            for group in self.groups.values():
+                wanted = math.ceil(len(group) * self.repeats / self.global_batch) * self.global_batch
+                rounds = math.ceil(wanted / len(group))
+                order = np.concatenate([rng.permutation(group) for _ in range(rounds)])[:wanted]
+                batches += order.reshape(-1, self.global_batch).tolist()
+            self._epoch = epoch, [batches[i] for i in rng.permutation(len(batches))]
+        return self._epoch[1]

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures: fixed-seed samples, grids, and what trackers get of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw
+
+from . import TrainingError
+from .adapters import load_adapters
+
+
+def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+    """A Stable Diffusion 1.x, 2.x or XL pipeline.
+
+    Raises:
+        TrainingError: if there is none at `path`, or it is of another kind.
+    """
+    looks_local = os.path.isdir(path) or path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not os.path.isfile(os.path.join(path, "model_index.json")):
+        what = "has no model_index.json" if os.path.isdir(path) else "does not exist"
+        raise TrainingError(f"{path} {what}: expected the folder of a diffusers pipeline, or an id on the Hub.")
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    try:
+        config = DiffusionPipeline.load_config(
+            path, **{k: v for k, v in kwargs.items() if k in ("revision", "cache_dir")}
+        )
+        if "safety_checker" in config:
+            kwargs |= {"safety_checker": None, "requires_safety_checker": False}
+        pipe = DiffusionPipeline.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path} could not be loaded as a diffusers pipeline: {error}") from error
+    missing = [n for n in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if getattr(pipe, n, None) is None]
+    if missing:
+        raise TrainingError(
+            f"{path} is a {type(pipe).__name__} without {', '.join(missing)}; expected Stable Diffusion 1.x, 2.x or XL."
+        )
+    return pipe if dtype == torch.float32 else pipe.to(dtype)
+
+
+@contextlib.contextmanager
+def for_sampling(pipe: Any) -> Iterator[Any]:
+    """Evaluation mode, a quick sampler and no progress bar; undone on exit."""
+    modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
+    training, scheduler = [m.training for m in modules], pipe.scheduler
+    config = dict(scheduler.config)
+    if config.get("variance_type") in ("learned", "learned_range"):
+        config["variance_type"] = "fixed_small"
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(config)
+    pipe.set_progress_bar_config(disable=True)
+    for module in modules:
+        module.eval()
+    try:
+        yield pipe
+    finally:
+        pipe.scheduler = scheduler
+        for module, was in zip(modules, training, strict=True):
+            module.train(was)
+
+
+@torch.no_grad()
+def sample(
+    pipe: Any, prompts: list[str], seeds: list[int], size: tuple[int, int], batch: int = 4, **kwargs: Any
+) -> list[Image.Image]:
+    """One image per pair of prompt and seed. Each has its own generator, so batches change nothing but rounding."""
+    images = []
+    for start in range(0, len(prompts), batch):
+        part = slice(start, start + batch)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        images += pipe(prompt=prompts[part], generator=generators, height=size[0], width=size[1], **kwargs).images
+    return images
+
+
+def validation(pipe: Any, args: Any, size: tuple[int, int], autocast: Any = None) -> list[Image.Image]:
+    """The images of --validation_prompt: the same seeds every time."""
+    prompts = [prompt for prompt in args.validation_prompt for _ in range(args.num_validation_images)]
+    seeds = [args.seed + i for _ in args.validation_prompt for i in range(args.num_validation_images)]
+    settings = {
+        "num_inference_steps": args.validation_inference_steps,
+        "guidance_scale": args.validation_guidance_scale,
+    }
+    with for_sampling(pipe), autocast or contextlib.nullcontext():
+        return sample(pipe, prompts, seeds, size, **settings)
+
+
+def from_file(args: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """A fresh pipeline with the adapter as it was saved."""
+    pipe = load_pipeline(args.pretrained_model_name_or_path, dtype, revision=args.revision, variant=args.variant)
+    load_adapters(pipe, folder)
+    return pipe.to(device)
+
+
+def track(accelerator: Any, phase: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
+    """Hand images to the trackers that show images."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images(phase, np.stack([np.asarray(i) for i in images]), step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            shown = [wandb.Image(image, caption=prompt) for image, prompt in zip(images, prompts, strict=True)]
+            tracker.log({phase: shown}, step=step)
+
+
+def save_images(images: list[Image.Image], folder: Path, columns: int) -> Path:
+    """The images and their grid in a folder; returns the grid."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        image.save(folder / f"{i:02d}.png")
+    grid = folder / "grid.png"
+    make_image_grid(images, rows=len(images) // columns, cols=columns).save(grid)
+    return grid
+
+
+def labelled_rows(rows: list[tuple[str, list[Image.Image]]], side: int = 128, label: int = 150) -> Image.Image:
+    """Rows of pictures with a text before each; pictures are enlarged without smoothing."""
+    columns = max(len(images) for _, images in rows)
+    cells = []
+    for text, images in rows:
+        cell = Image.new("RGB", (label, side), "white")
+        ImageDraw.Draw(cell).multiline_text((6, side // 3), text, fill="black")
+        line = Image.new("RGB", (label + columns * side, side), "white")
+        line.paste(cell, (0, 0))
+        for i, image in enumerate(images):
+            line.paste(image.resize((side, side), Image.Resampling.NEAREST), (label + i * side, 0))
+        cells.append(line)
+    return make_image_grid(cells, rows=len(cells), cols=1)

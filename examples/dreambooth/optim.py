@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizers and their parameter groups."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import TrainingError
+
+# left factors: KronA's A, LoRA's A, LoKr's w1; everything else counts as B
+LEFT = ("krona_A", "lora_A", "lokr_w1")
+
+
+def parameter_groups(parts: dict[str, nn.Module], args: Any) -> list[dict[str, Any]]:
+    """Groups by model and by side of the product, each with its learning rate and weight decay."""
+    groups = []
+    for name, model in parts.items():
+        is_unet = name == "unet"
+        lr = args.learning_rate if is_unet else args.text_encoder_lr
+        decay = args.adam_weight_decay if is_unet else args.adam_weight_decay_text_encoder
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        for side, own in (("a", args.learning_rate_a), ("b", args.learning_rate_b)):
+            params = [p for n, p in trained if any(left in n for left in LEFT) == (side == "a")]
+            ratio = own / args.learning_rate if own is not None else 1.0
+            if params:
+                groups.append({"params": params, "lr": lr * ratio, "weight_decay": decay, "name": f"{name}.{side}"})
+    return groups
+
+
+def build_optimizer(groups: list[dict[str, Any]], args: Any) -> torch.optim.Optimizer:
+    """AdamW, 8-bit AdamW, Prodigy, schedule-free, or the class that --optimizer names.
+
+    Raises:
+        TrainingError: if the class, its package or one of its arguments does not exist.
+    """
+    betas, eps = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
+    name = args.optimizer.lower()
+    if name == "prodigy":
+        cls = find_class("prodigyopt.Prodigy")
+        if len({g["lr"] for g in groups}) > 1:  # pragma: no cover  (the arguments exclude it)
+            raise TrainingError("Prodigy needs the same learning rate for all parameters.")
+        if args.learning_rate <= 0.1:
+            print(f"note: --learning_rate {args.learning_rate:g} is small for Prodigy, which wants about 1.")
+        settings = {
+            "betas": betas, "eps": eps, "beta3": args.prodigy_beta3, "decouple": args.prodigy_decouple,
+            "use_bias_correction": args.prodigy_use_bias_correction,
+            "safeguard_warmup": args.prodigy_safeguard_warmup,
+        }  # fmt: skip
+    elif args.use_8bit_adam:
+        cls, settings = find_class("bitsandbytes.optim.AdamW8bit"), {"betas": betas, "eps": eps}
+    elif name == "schedulefree":
+        cls = find_class("schedulefree.AdamWScheduleFree")
+        settings = {"betas": betas, "eps": eps, "warmup_steps": args.lr_warmup_steps}
+    elif name == "adamw":
+        cls, settings = torch.optim.AdamW, {"betas": betas, "eps": eps}
+    else:
+        cls, settings = find_class(args.optimizer), {}
+        accepted = inspect.signature(cls.__init__).parameters
+        settings = {k: v for k, v in {"betas": betas, "eps": eps}.items() if k in accepted}
+        if "weight_decay" not in accepted:
+            groups = [{k: v for k, v in g.items() if k != "weight_decay"} for g in groups]
+    settings |= parse_settings(args.optimizer_args)
+    try:
+        return cls(groups, lr=args.learning_rate, **settings)
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"--optimizer {args.optimizer} does not take {settings}: {error}.") from error
+
+
+def find_class(name: str) -> type:
+    """`Name` from torch.optim, or `package.module.Name`."""
+    module, _, cls = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module or "torch.optim"), cls)
+    except ImportError as error:
+        raise TrainingError(
+            f"{name} needs a package that is missing: pip install {module.partition('.')[0]}"
+        ) from error
+    except AttributeError as error:
+        known = [n for n, c in vars(torch.optim).items() if inspect.isclass(c) and n != "Optimizer"]
+        raise TrainingError(
+            f"--optimizer {name!r} is unknown; expected AdamW, prodigy, schedulefree, one of torch.optim's "
+            f"({', '.join(known)}), or package.module.Class."
+        ) from error
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """["momentum=0.9"] -> {"momentum": 0.9}."""
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise TrainingError(f"--optimizer_args {pair!r}: expected NAME=VALUE.")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
+
+
+def set_train_mode(optimizer: Any, training: bool) -> None:
+    """Schedule-free optimizers keep two sets of weights: one to train, one to use."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if hasattr(inner, "train") and hasattr(inner, "eval"):
+        inner.train() if training else inner.eval()

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DreamBooth with a Kronecker adapter, for Stable Diffusion 1.x, 2.x and SDXL.
+
+    python examples/dreambooth_kron.py                          # the shipped pipeline and subject, minutes on a CPU
+    accelerate launch examples/dreambooth_kron.py --mixed_precision fp16 --output_dir my-dog \\
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
+        --instance_data_dir my_dog --instance_prompt "a photo of sks dog"
+
+The flags are those of diffusers' train_dreambooth_lora_sdxl.py, plus the adapter's (see --help). This file reads from
+top to bottom: models, data, adapter, optimizer, loop, results. The helpers lie in examples/dreambooth/.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, set_seed
+from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params, free_memory, offload_models
+from diffusers.utils.import_utils import is_tensorboard_available, is_xformers_available
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from examples.dreambooth import TrainingError, adapters, card, data, demo, evaluate, exports, objective, optim
+from examples.dreambooth.arguments import parse_args, settings
+from examples.dreambooth.checkpoint import TEMPORARY, Checkpoints, clean, is_write_error, replace_folder
+from examples.dreambooth.class_images import make_class_images
+from examples.dreambooth.prompts import Denoiser, TextEmbeddings, is_sdxl, text_encoders, time_ids
+
+
+class Interrupt:
+    """Ctrl-C (and SIGTERM) in the block ends the training after the running update; a second one ends it at once."""
+
+    def __enter__(self) -> Interrupt:
+        self.requested = False
+        self.before = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *exc: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def main(args: Any) -> dict[str, Any]:
+    """Train as `args` say; returns the closing summary."""
+    started = time.time()
+    output = Path(args.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=trackers(args),
+        project_config=ProjectConfiguration(project_dir=output, logging_dir=output / args.logging_dir),
+        kwargs_handlers=[
+            # SDXL's first text encoder ends before its last layer, and skipped layers have no gradient
+            DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder or args.module_dropout > 0)
+        ],
+    )
+    device, say = accelerator.device, accelerator.print
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    if args.seed < 0:
+        raise TrainingError(f"--seed {args.seed}: expected an integer of at least 0.")
+    set_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    if accelerator.is_main_process:
+        make_output(output)
+        clean(output)
+    checkpoints = Checkpoints(accelerator, output, args)
+    checkpoints.find(args.resume_from_checkpoint)  # before the slow parts, so that a mistake shows at once
+
+    # -- models --------------------------------------------------------------------------------------------------------
+    weight_dtype = adapters.dtype_of(accelerator.mixed_precision)
+    source = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    pipe = evaluate.load_pipeline(args.pretrained_model_name_or_path, **source)
+    if args.pretrained_vae_model_name_or_path:
+        pipe.vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir)
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    encoders = text_encoders(pipe)
+    trained = {"unet": pipe.unet} | (encoders if args.train_text_encoder else {})
+    vae_scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    if args.resolution is None:
+        sample_size = pipe.unet.config.sample_size
+        args.resolution = (sample_size if isinstance(sample_size, int) else sample_size[0]) * vae_scale
+    multiple = vae_scale * 2 ** (len(pipe.unet.config.down_block_types) - 1)
+    buckets = data.choose_buckets(args.aspect_ratio_buckets, args.resolution, multiple)
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+    if args.dataset_name:
+        pictures = data.read_dataset(args)
+    else:
+        pictures = data.read_folder(args.instance_data_dir, args.instance_prompt, args.caption_column)
+    class_pictures = []
+    if args.with_prior_preservation:
+        make_class_images(pipe, args, accelerator)
+        class_pictures = data.read_folder(args.class_data_dir, args.class_prompt)[: args.num_class_images]
+        for picture in class_pictures:
+            picture.caption = args.class_prompt
+    dataset = data.DreamBoothDataset(pictures, buckets, args, class_pictures)
+    batches = data.Batches(
+        dataset, args.train_batch_size, accelerator.process_index, accelerator.num_processes, args.repeats, args.seed
+    )
+
+    for model in (pipe.vae, pipe.unet, *encoders.values()):
+        model.requires_grad_(False)
+    pipe.unet.to(device, dtype=weight_dtype)
+    aside = torch.device("cpu") if args.offload else device
+    pipe.vae.to(aside)  # stays in fp32: half precision makes NaN with SDXL's VAE
+    for encoder in encoders.values():
+        encoder.to(device if args.train_text_encoder else aside, dtype=weight_dtype)
+
+    denoiser = Denoiser(pipe)
+    embed = TextEmbeddings(pipe, denoiser, args.train_text_encoder, device)
+    if not args.train_text_encoder:
+        with offload_models(*encoders.values(), device=device, offload=args.offload):
+            embed.precompute([p.caption for p in (*pictures, *class_pictures)] + [""] * (args.caption_dropout > 0))
+        denoiser.encoders = torch.nn.ModuleList()  # frozen and no longer needed: out of the wrapper's sight
+    if args.cache_latents:
+        with offload_models(pipe.vae, device=device, offload=args.offload):
+            dataset.cache_latents(
+                pipe.vae, lambda x: tqdm(x, desc="Latents", disable=not accelerator.is_local_main_process)
+            )
+    free_memory()
+
+    # -- adapter -------------------------------------------------------------------------------------------------------
+    for name, model in trained.items():
+        adapters.add_adapter(model, adapters.adapter_config(args, name), name)
+        cast_training_params(model, dtype=torch.float32)
+    if args.enable_xformers_memory_efficient_attention:
+        if not is_xformers_available():
+            raise TrainingError("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
+        pipe.unet.enable_xformers_memory_efficient_attention()
+    if args.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+        if args.train_text_encoder:
+            for encoder in encoders.values():
+                encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.torch_compile:
+        pipe.unet.compile()
+
+    # -- optimizer -----------------------------------------------------------------------------------------------------
+    if args.scale_lr:
+        factor = args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
+        for name in ("learning_rate", "learning_rate_a", "learning_rate_b", "text_encoder_lr"):
+            if getattr(args, name) is not None:
+                setattr(args, name, getattr(args, name) * factor)
+    optimizer = optim.build_optimizer(optim.parameter_groups(trained, args), args)
+    steps_per_epoch = math.ceil(batches.per_epoch / args.gradient_accumulation_steps)
+    total = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, step_rules=args.lr_step_rules, num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=total, num_cycles=args.lr_num_cycles, power=args.lr_power,
+    )  # fmt: skip
+
+    # -- accelerate ----------------------------------------------------------------------------------------------------
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it asks the data loader otherwise
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    model, optimizer = accelerator.prepare(denoiser, optimizer)
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    metadata = {k: str(v) for k, v in settings(args).items()} | {"trigger": card.trigger(args)}
+
+    def save_adapters(folder: Path) -> None:
+        """Called by every process; the main one writes."""
+        gathered = accelerator.get_state_dict(model) if sharded else None
+        if accelerator.is_main_process:
+            adapters.save_adapters(trained, folder, metadata, args.pretrained_model_name_or_path, gathered)
+
+    def on_save(models: list, weights: list, folder: str) -> None:
+        weights.clear()  # not the frozen base model, only the adapters
+        save_adapters(Path(folder))
+
+    def on_load(models: list, folder: str) -> None:
+        models.clear()
+        if not sharded:
+            adapters.load_state(trained, Path(folder))
+
+    accelerator.register_save_state_pre_hook(on_save)
+    accelerator.register_load_state_pre_hook(on_load)
+    accelerator.register_for_checkpointing(lr_scheduler)
+    accelerator.init_trackers("dreambooth_kron", config=settings(args))
+
+    step = first_step = checkpoints.resume(args.resume_from_checkpoint)
+    batches.start = step * args.gradient_accumulation_steps
+    batches.stop = total * args.gradient_accumulation_steps
+    loader = DataLoader(
+        dataset, batch_sampler=batches, collate_fn=data.collate, num_workers=args.dataloader_num_workers,
+        generator=torch.Generator().manual_seed(args.seed),
+    )  # fmt: skip
+    count = sum(adapters.trainable(m) for m in trained.values())
+    kind = type(pipe).__name__
+    say(f"{kind}: {len(pictures)} images, {len(class_pictures)} class images, {len(batches.groups)} shape(s)")
+    say(f"{args.adapter_type} on {', '.join(trained)}: {count:,} trainable parameters")
+    global_batch = batches.global_batch * args.gradient_accumulation_steps
+    say(f"{total} updates of {global_batch} images, {weight_dtype}, on {device}")
+
+    def validate(phase: str, pipeline: Any, at: int) -> list:
+        """Fixed-seed images to trackers and disk (main process)."""
+        images = evaluate.validation(pipeline, args, buckets[0], accelerator.autocast())
+        evaluate.track(accelerator, phase, images, repeat(args.validation_prompt, args.num_validation_images), at)
+        evaluate.save_images(images, output / "validation" / f"{phase}-{at}", args.num_validation_images)
+        return images
+
+    validating = bool(args.validation_prompt and args.num_validation_images)
+    every = args.validation_steps or args.validation_epochs * steps_per_epoch
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+    model.train()
+    optim.set_train_mode(optimizer, True)
+    losses: list[torch.Tensor] = []
+    bar = tqdm(total=total, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
+    loop_started = time.time()
+    with Interrupt() as interrupt:
+        for micro_step, batch in enumerate(loader, start=batches.start):
+            # everything random in a micro-step follows from its number: nothing depends on what ran before it
+            torch.manual_seed(
+                data.torch_rng(args.seed, micro_step, data.DROPOUT).initial_seed() + accelerator.process_index
+            )
+            with accelerator.accumulate(model):
+                with offload_models(pipe.vae, device=device, offload=args.offload and "pixels" in batch):
+                    mean, std = objective.encode_latents(pipe.vae, batch, device)
+                posterior, noise, timesteps = objective.draw(
+                    batch, mean.shape[1:], args.seed, scheduler.config.num_train_timesteps, args.noise_offset, device
+                )
+                latents = objective.scale_latents(pipe.vae, mean + std * posterior)
+                noisy = scheduler.add_noise(latents, noise, timesteps).to(weight_dtype)
+                target = objective.target_of(scheduler, latents, noise, timesteps)
+                text = embed(batch["caption"])
+                micro_conditioning = time_ids(batch, device, weight_dtype) if is_sdxl(pipe) else None
+
+                prediction = model(noisy, timesteps, text, micro_conditioning)
+
+                own = len(prediction) // 2 if class_pictures else len(prediction)  # instances first, then class images
+                loss = objective.loss_of(prediction[:own], target[:own], scheduler, timesteps[:own], args.snr_gamma)
+                if class_pictures:
+                    loss = loss + args.prior_loss_weight * objective.loss_of(
+                        prediction[own:], target[own:], scheduler, timesteps[own:], args.snr_gamma
+                    )
+                accelerator.backward(loss)
+                losses.append(accelerator.gather(loss.detach()).mean())
+                if accelerator.sync_gradients and args.max_grad_norm:
+                    norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+
+            lr_scheduler.step()
+            step += 1
+            shown = {"loss": torch.stack(losses).mean().item(), "lr": lr_scheduler.get_last_lr()[0]}
+            losses.clear()
+            if not math.isfinite(shown["loss"]):
+                raise TrainingError(
+                    f"The loss is {shown['loss']} at update {step}: try a lower --learning_rate, or --mixed_precision "
+                    f"bf16 or no. Checkpoints of earlier updates are in {output}."
+                )
+            bar.update()
+            bar.set_postfix(loss=f"{shown['loss']:.4f}", lr=f"{shown['lr']:.1e}")
+            if args.max_grad_norm:
+                shown["grad_norm"] = float(norm)
+            shown["it_per_s"] = (step - first_step) / (time.time() - loop_started)
+            accelerator.log(shown, step=step)
+
+            # images first: schedule-free optimizers swap their weights for them, and a resumed run must see the same
+            if validating and step % every == 0 and step < total:
+                optim.set_train_mode(optimizer, False)
+                if accelerator.is_main_process:
+                    with offload_models(pipe.vae, *encoders.values(), device=device, offload=args.offload):
+                        validate("validation", pipe, step)
+                optim.set_train_mode(optimizer, True)
+                accelerator.wait_for_everyone()
+            if step % args.checkpointing_steps == 0:
+                checkpoints.save(step)
+            if interrupt.requested:
+                accelerator.set_trigger()
+            if accelerator.check_trigger():
+                break
+    bar.close()
+    seconds = time.time() - loop_started
+    interrupted = step < total
+    if interrupted:
+        saved = checkpoints.save(step)
+        say(f"Interrupted after {step} of {total} updates.")
+        if saved:
+            say(f"Saved {saved}; the same command with --resume_from_checkpoint latest goes on from there.")
+
+    # -- results -------------------------------------------------------------------------------------------------------
+    optim.set_train_mode(optimizer, False)
+    accelerator.wait_for_everyone()
+    final = output / f"{TEMPORARY}final"
+    try:
+        save_adapters(final)
+        if accelerator.is_main_process:
+            for name in trained:
+                replace_folder(final / name, output / name)
+            final.rmdir()
+    except Exception as error:
+        if is_write_error(error):
+            clean(output)
+            raise TrainingError(checkpoints.write_message(output, error)) from error
+        raise
+    summary = {
+        "pipeline": kind,
+        "adapter": args.adapter_type,
+        "trainable parameters": count,
+        "adapter file, bytes": adapters.file_size(output) if accelerator.is_main_process else 0,
+        "updates": step,
+        "updates per second": round((step - first_step) / seconds, 3) if seconds else 0.0,
+        "training time, s": round(seconds, 1),
+        "peak memory, MiB": peak_memory(),
+    }
+    if accelerator.is_main_process:
+        say(f"Adapter saved in {', '.join(str(output / name) for name in trained)}")
+        files = [str(output / name) for name in trained]
+        files += exports.export(pipe, trained, output, "none" if interrupted else args.export, args, say)
+        images = []
+        if validating and not interrupted:  # from the saved file, in a pipeline that has seen no training
+            del pipe, denoiser, model, optimizer, embed
+            free_memory()
+            saved_pipe = evaluate.from_file(args, output, device, weight_dtype)
+            images = validate("final", saved_pipe, step)
+        prompts = repeat(args.validation_prompt or [], args.num_validation_images)
+        names = [Path(f).name for f in files]
+        card.write_card(output, args, images, prompts, settings(args), summary, names)
+        summary["total time, s"] = round(time.time() - started, 1)
+        (output / "training_summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        width = max(map(len, summary))
+        say(
+            "\n".join(
+                f"  {k:<{width}}  {v:,}" if isinstance(v, int) else f"  {k:<{width}}  {v}" for k, v in summary.items()
+            )
+        )
+        if args.push_to_hub and not interrupted:
+            say(f"Uploaded to {card.push(output, args)}")
+    accelerator.end_training()
+    summary["interrupted"] = interrupted
+    return summary
+
+
+def repeat(prompts: list[str], times: int) -> list[str]:
+    return [prompt for prompt in prompts for _ in range(times)]
+
+
+def trackers(args: Any) -> str | None:
+    if args.report_to == "none":
+        return None
+    if args.report_to == "tensorboard" and not is_tensorboard_available():
+        print("note: tensorboard is missing (pip install tensorboard): losses are not logged; see --report_to.")
+        return None
+    return args.report_to
+
+
+def make_output(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"--output_dir {folder} cannot be created: {error}.") from error
+
+
+def peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def run(argv: list[str]) -> int:
+    """The command line: arguments, training, demo; mistakes end in one line, not in a traceback."""
+    try:
+        if not argv:
+            argv = ["--demo", demo.DEFAULT_SUBJECT]
+        args = parse_args(argv, demo.settings)
+        summary = main(args)
+        if summary["interrupted"]:
+            return 130
+        if args.demo and int(os.environ.get("RANK", 0)) == 0:
+            demo.judge_and_show(args)
+        return 0
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted. Checkpoints and adapters saved before are whole.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
