@@ -89,6 +89,7 @@ PLURALS = {n: n if n.endswith("s") else n + "s" for n in CONCEPTS} | {
     "peach": "peaches", "strawberry": "strawberries", "leaf": "leaves", "church": "churches", "fox": "foxes",
     "butterfly": "butterflies", "fish": "fish",
 }  # fmt: skip
+LAYOUTS = ("centre", "large", "small", "left", "right", "two")
 TEMPLATES = ("{}", "{}", "a photo of {}", "a picture of {}")
 
 
@@ -96,9 +97,8 @@ def article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def sprite(package: tarfile.TarFile, name: str, size: int = 128) -> Image.Image:
-    """The emoji `name` of an open npm package, cropped to what is not transparent, its longer side `size`."""
-    file = CONCEPTS[name][0]
+def sprite_of_file(package: tarfile.TarFile, file: str, size: int = 128) -> Image.Image:
+    """A picture of an open npm package, cropped to what is not transparent, its longer side `size`."""
     image = Image.open(package.extractfile(f"package/assets/{file}.webp")).convert("RGBA")
     image = image.crop(image.getchannel("A").getbbox())
     scale = size / max(image.size)
@@ -110,7 +110,7 @@ def load_sprites(package: Path, names=None) -> dict[str, Image.Image]:
     if not Path(package).is_file():
         raise FileNotFoundError(f"{package}: no such file; get it with `npm pack @lobehub/fluent-emoji-3d@1.1.0`")
     with tarfile.open(package) as tar:
-        return {name: sprite(tar, name) for name in names or CONCEPTS}
+        return {name: sprite_of_file(tar, CONCEPTS[name][0]) for name in names or CONCEPTS}
 
 
 def background(rng: np.random.Generator, colour: str, style: str, size: int = SIZE) -> Image.Image:
@@ -141,7 +141,7 @@ def paste(canvas: Image.Image, sprite: Image.Image, centre, side: float, angle: 
     scale = side / 128
     size = [max(1, min(canvas.width, round(s * scale))) for s in sprite.size]
     sprite = sprite.resize(size, Image.Resampling.BOX).convert("RGBA")
-    corner = [round(min(max(c - s / 2, 0), limit - s)) for c, s, limit in zip(centre, size, canvas.size)]
+    corner = [round(min(max(c - s / 2, 0), limit - s)) for c, s, limit in zip(centre, size, canvas.size, strict=True)]
     canvas.paste(sprite, corner, sprite)
 
 
@@ -188,12 +188,12 @@ def caption(rng, name, colour, style="plain", layout="centre", category=None) ->
 
 def random_scene(rng, names) -> dict:
     """The arguments of `draw` and `caption` for a random picture."""
-    return dict(
-        name=names[rng.integers(len(names))],
-        colour=list(COLOURS)[rng.integers(len(COLOURS))],
-        style=str(rng.choice(["plain", "gradient", "striped"], p=[0.7, 0.15, 0.15])),
-        layout=str(rng.choice(["centre", "large", "small", "left", "right", "two"], p=[0.6, 0.1, 0.1, 0.06, 0.06, 0.08])),
-    )
+    return {
+        "name": names[rng.integers(len(names))],
+        "colour": list(COLOURS)[rng.integers(len(COLOURS))],
+        "style": str(rng.choice(["plain", "gradient", "striped"], p=[0.7, 0.15, 0.15])),
+        "layout": str(rng.choice(LAYOUTS, p=[0.6, 0.1, 0.1, 0.06, 0.06, 0.08])),
+    }
 
 
 def render(sprites, seed: int, count: int, names) -> tuple[np.ndarray, list[str], list[dict]]:

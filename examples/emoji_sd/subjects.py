@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from examples.emoji_sd.render import COLOURS, HELD_OUT_CONCEPTS, draw, load_sprites
+from .render import COLOURS, HELD_OUT_CONCEPTS, draw, load_sprites
 
 SUBJECTS = Path(__file__).resolve().parent.parent / "assets" / "subjects"
 POSES = [("plain", "centre"), ("plain", "large"), ("gradient", "centre"), ("striped", "centre"), ("plain", "small")]
@@ -25,7 +25,7 @@ def write_subjects(package: Path, folder: Path = SUBJECTS) -> None:
         key = name.replace(" ", "_")
         path = folder / key / "input"
         path.mkdir(parents=True, exist_ok=True)
-        for i, (colour, (style, layout)) in enumerate(zip(colours, POSES)):
+        for i, (colour, (style, layout)) in enumerate(zip(colours, POSES, strict=True)):
             Image.fromarray(draw(sprites, rng, name, str(colour), style, layout)).save(path / f"{i:02d}.png")
         index[key] = {"class_noun": category, "concept": name, "colours": [str(c) for c in colours]}
     (folder / "subjects.json").write_text(json.dumps(index, indent=1) + "\n")

@@ -1,0 +1,54 @@
+"""The diffusion model: a U-Net on cached latents and cached text states, with v-prediction and zero terminal SNR."""
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from .loop import Loop, autocast
+
+STEPS, BATCH, LR, EMA, DROPOUT = 7000, 64, 5e-4, 0.999, 0.1
+
+
+def build(latent_size: int, latent_channels: int, text_width: int) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=latent_size, in_channels=latent_channels, out_channels=latent_channels,
+        block_out_channels=(128, 256), layers_per_block=1, attention_head_dim=(2, 4), cross_attention_dim=text_width,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+    )  # fmt: skip
+
+
+def build_scheduler() -> DDIMScheduler:
+    """v-prediction from pure noise, so that the mean colour of a picture is the model's to choose."""
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", steps_offset=1,
+    )  # fmt: skip
+
+
+def train(folder, latents: tuple[Tensor, Tensor], states: Tensor, empty: Tensor, steps: int = STEPS, deadline=None,
+          after_save=None) -> Loop:  # fmt: skip
+    """`latents` scaled means and deviations, N x C x H x W; `states` N x K x L x D, text states of K captions each;
+    `empty` L x D the states of the empty prompt.  The averaged weights are the result: `loop.ema`."""
+    mean, std = latents
+    unet = build(mean.shape[-1], mean.shape[1], states.shape[-1])
+    noise_scheduler = DDPMScheduler.from_config(build_scheduler().config)
+    timesteps = noise_scheduler.config.num_train_timesteps
+
+    def loss(step):
+        pick = torch.randint(len(mean), (BATCH,))
+        x = mean[pick].float()
+        x = x + std[pick].float() * torch.randn_like(x)
+        context = states[pick, torch.randint(states.shape[1], (BATCH,))].float()
+        context[torch.rand(BATCH) < DROPOUT] = empty.float()
+        noise = torch.randn_like(x)
+        t = ((torch.rand(()) + torch.arange(BATCH) / BATCH) % 1 * timesteps).long()  # stratified
+        with autocast():
+            prediction = unet(noise_scheduler.add_noise(x, noise, t), t, context).sample.float()
+        value = mse_loss(prediction, noise_scheduler.get_velocity(x, noise, t))
+        return value, {"loss": value}
+
+    loop = Loop("unet", folder, unet, LR, steps, seed=3, ema=EMA, warmup=200, deadline=deadline)
+    loop.run(loss, after_save)
+    return loop
