@@ -273,9 +273,7 @@ def test_kron_conv_and_gradients(case, layout):
     torch.testing.assert_close(kron_conv(x[0], A, B, scale=0.3, layout=layout, **args), y[0])
     dy = torch.randn_like(y)
     dense = conv(x, kron_delta_weight(A, B, scale=0.3, layout=layout), **args)
-    for got, want in zip(
-        torch.autograd.grad(y, (x, A, B), dy), torch.autograd.grad(dense, (x, A, B), dy), strict=True
-    ):
+    for got, want in zip(torch.autograd.grad(y, (x, A, B), dy), torch.autograd.grad(dense, (x, A, B), dy), strict=True):
         torch.testing.assert_close(got, want)
 
 

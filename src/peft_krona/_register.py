@@ -84,7 +84,7 @@ def _register_with_mixed_models(config_cls: type, model_cls: type, layer_cls: ty
     for module in (peft.tuners.mixed, peft.mixed_model):  # both hold the tuple under the same name
         module.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES
     mixed.PREFIXES[:] = dict.fromkeys(mixed.PREFIXES)
-    mixed.Configs = Union[mixed.Configs, config_cls]
+    mixed.Configs = Union[mixed.Configs, config_cls]  # noqa: UP007  (PEFT reads __args__ of the Union)
     mixed.Layers = (*mixed.Layers, layer_cls)
 
     original = mixed.MixedModel._create_and_replace

@@ -14,7 +14,7 @@ from .ops import kron_conv
 
 
 class _ConvNd(KronALayer):
-    """krona_B is (r, b_out, b_in, *kernel), with a_out * b_out = out_channels and a_in * b_in = in_channels / groups."""
+    """krona_B is (r, b_out, b_in, *kernel); a_out * b_out = out_channels, a_in * b_in = in_channels / groups."""
 
     def _features(self, base: nn.Module) -> tuple[int, int]:
         return base.in_channels // base.groups, base.out_channels

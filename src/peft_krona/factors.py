@@ -61,7 +61,7 @@ def choose_factors(
             near = f"{best}" if above is None else f"{best} or {above}"
             raise FactorError(
                 f"{layer}: {name}={wanted} does not divide {size_name}={size}. The nearest divisors are {near}; "
-                f"set them with factor_pattern={{'{layer}': (a_out, a_in)}}, or use strict_factors=False to take {best}."
+                f"set them with factor_pattern={{'{layer}': (a_out, a_in)}}, or take {best} with strict_factors=False."
             )
         chosen.append(best)
     return chosen[0], chosen[1]

@@ -239,7 +239,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
     # -- forward ------------------------------------------------------------------------------------------------
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Base layer plus active adapters. `adapter_names`, a list with one name a sample, mixes adapters in a batch."""
+        """Base layer plus active adapters. `adapter_names`, one name a sample, mixes adapters in a batch."""
         adapter_names = kwargs.pop("adapter_names", None)
         self._check_adapter_names(x, adapter_names)
         if self.disable_adapters:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -42,11 +42,11 @@ class KronAModel(BaseTuner):
 
     prefix: str = "krona_"
     tuner_layer_cls = KronALayer
-    target_module_mapping = {
+    target_module_mapping: ClassVar = {
         **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
         "clip_text_model": list(CLIP_TARGET_MODULES),
     }
-    layers_mapping: dict[type[nn.Module], type[KronALayer]] = {
+    layers_mapping: ClassVar[dict[type[nn.Module], type[KronALayer]]] = {
         nn.Linear: Linear,
         Conv1D: Linear,
         nn.Conv1d: Conv1d,
@@ -56,11 +56,8 @@ class KronAModel(BaseTuner):
     }
 
     def _prepare_adapter_config(self, peft_config: KronAConfig, model_config: dict) -> KronAConfig:
-        if peft_config.target_modules is None and "model_type" not in model_config:
-            if "_class_name" in model_config:  # a diffusers model
-                peft_config.target_modules = set(DIFFUSERS_TARGET_MODULES)
-                return peft_config
-            raise ValueError("Please specify `target_modules` in `peft_config`")
+        if peft_config.target_modules is None and type(self.model).__module__.partition(".")[0] == "diffusers":
+            peft_config.target_modules = set(DIFFUSERS_TARGET_MODULES)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _check_target_module_compatiblity(self, peft_config: KronAConfig, model: nn.Module, target_name: str) -> None:
@@ -68,8 +65,8 @@ class KronAModel(BaseTuner):
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type in _MAMBA_MODELS and target_name in _MAMBA_UNTARGETABLE:
             raise ValueError(
-                f"Module '{target_name}' of a Mamba model (model_type='{model_type}') is read inside a fused kernel, so "
-                f"an adapter on it would have no effect. Remove {sorted(_MAMBA_UNTARGETABLE)} from `target_modules`."
+                f"Module '{target_name}' of a Mamba model (model_type='{model_type}') is read inside a fused kernel, "
+                f"so an adapter on it would have no effect. Remove {sorted(_MAMBA_UNTARGETABLE)} from `target_modules`."
             )
 
     # Also called on PEFT's MixedModel, with that model as `self`: uses nothing that only KronAModel has.
@@ -212,10 +209,8 @@ def new_layer(
             f"Cannot adapt '{kwargs['name']}' ({type(base).__name__}): nn.MultiheadAttention reads the weight of its "
             "out_proj without calling it, so an adapter would silently have no effect. Remove it from `target_modules`."
         )
-    for base_cls, layer_cls in KronAModel.layers_mapping.items():
-        if isinstance(base, base_cls):
-            break
-    else:
+    layer_cls = next((layer for cls, layer in KronAModel.layers_mapping.items() if isinstance(base, cls)), None)
+    if layer_cls is None:
         backend = resolve_quantization_backend(base, **kwargs.get("quantization_kwargs", {}))
         if backend is None or backend.layer_type != "linear":
             supported = ", ".join(cls.__name__ for cls in KronAModel.layers_mapping)

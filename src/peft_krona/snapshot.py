@@ -3,7 +3,7 @@
 
 W + dW is rounded to W's dtype, so W cannot be computed back from it. `BaseWeightSnapshot` therefore keeps the original
 tensor itself (on its device, one weight per merged layer) and puts that very tensor back. If something else changed the
-merged weight in between (another tuner's merge, a cast, an optimizer), putting the original back would undo that change;
+merged weight in between (another tuner's merge, a cast, an optimizer), putting the original back would undo that;
 then dW is subtracted instead, with a warning that this is exact only up to rounding.
 """
 

@@ -80,7 +80,7 @@ class Plan(NamedTuple):
 
     def second(self, h: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor) -> torch.Tensor:
         """The intermediate -> (T, out), as a new tensor."""
-        r, a_out, a_in, b_out, b_in, layout, order = self
+        r, a_out, _, b_out, b_in, layout, order = self
         T = h.shape[0]
         if order == "b_first":
             A = mA.expand(T, -1, -1)
@@ -93,7 +93,7 @@ class Plan(NamedTuple):
 
     def second_add_(self, y: torch.Tensor, h: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor) -> None:
         """y (T, out) += second(h), inside the GEMM. y must be contiguous and owned by the caller."""
-        r, a_out, a_in, b_out, b_in, layout, order = self
+        r, a_out, _, b_out, b_in, layout, order = self
         T = h.shape[0]
         if order == "b_first":
             A = mA.expand(T, -1, -1)

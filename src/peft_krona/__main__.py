@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m peft_krona convert | inspect | merge | extract"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .convert import (
+    BASES,
+    FORMATS,
+    Adapter,
+    UNetNames,
+    base_of_folder,
+    export,
+    from_difference,
+    guess_base,
+    read_adapter,
+    shapes_of_folder,
+)
+from .convert.files import read_safetensors
+from .convert.merging import merge_pipeline
+from .errors import FormatError, KronAError
+from .inspection import inspect_adapter, plot, table
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, or 1 after an error, which is printed in one line."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (KronAError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m peft_krona", description="Kronecker adapters: files in and out.")
+    commands = parser.add_subparsers(required=True, metavar="convert|inspect|merge|extract")
+
+    convert = commands.add_parser("convert", help="any adapter to a file for another tool, or to a PEFT folder")
+    convert.add_argument("input", help="PEFT folder, released DiffuseKronA checkpoint, LoKr or LoRA file")
+    convert.add_argument("output", help="file to write; with --to peft a new folder")
+    convert.add_argument("--to", choices=FORMATS, default="auto", help="format; auto picks the smallest exact one")
+    convert.add_argument("--base", metavar="sd15|sd2|sdxl|FOLDER", help="base model, for names and checks")
+    convert.add_argument("--dtype", choices=DTYPES, help="of the weights; fp16 for files, unchanged for peft")
+    convert.add_argument("--scale", type=float, default=1.0, metavar="S", help="multiply the update by S")
+    convert.add_argument("--split-terms", action="store_true", help="one file per Kronecker term")
+    convert.add_argument("--trigger", metavar="WORDS", help="trigger words, for the metadata")
+    convert.set_defaults(run=_convert)
+
+    inspect = commands.add_parser("inspect", help="what an adapter changes, layer by layer")
+    inspect.add_argument("input", help="any adapter that convert reads")
+    inspect.add_argument("--plot", metavar="OUT.png", help="draw it as well")
+    inspect.add_argument("--base", metavar="FOLDER", help="the base pipeline, for ||dW|| / ||W||")
+    inspect.set_defaults(run=_inspect)
+
+    merge = commands.add_parser("merge", help="a pipeline with an adapter merged into its weights")
+    merge.add_argument("pipeline", help="folder of a diffusers pipeline")
+    merge.add_argument("adapter", help="any adapter that convert reads")
+    merge.add_argument("output", help="new folder")
+    merge.add_argument("--scale", type=float, default=1.0, metavar="S", help="multiply the update by S")
+    merge.add_argument("--dtype", choices=DTYPES, help="of the weights; as stored if left out")
+    merge.set_defaults(run=_merge)
+
+    extract = commands.add_parser("extract", help="the nearest adapter to the difference of two models")
+    extract.add_argument("before", help="the base model's safetensors file, or a component's folder")
+    extract.add_argument("after", help="the fine-tuned model's")
+    extract.add_argument("output", help="new PEFT folder")
+    extract.add_argument("--a-out", type=int, default=64)
+    extract.add_argument("--a-in", type=int, default=4)
+    extract.add_argument("--r", type=int, default=1, help="Kronecker terms")
+    extract.add_argument("--layout", choices=("kron", "diffusekrona"), default="kron")
+    extract.add_argument("--component", default="unet", help="the part of the pipeline that the weights are of")
+    extract.set_defaults(run=_extract)
+    return parser
+
+
+def _convert(options: argparse.Namespace) -> None:
+    base, shapes = _base(options.base)
+    adapter = read_adapter(options.input, base)
+    if shapes is not None:
+        adapter = adapter.fitted(shapes)
+    adapter = adapter.scaled(options.scale)
+    if options.trigger:
+        adapter = replace(adapter, metadata={**adapter.metadata, "trigger_words": options.trigger})
+    if base is None and options.to != "peft" and _names_need_base(adapter):
+        base = guess_base(adapter)
+    print(f"read {len(adapter)} layers ({adapter.source}) from {options.input}")
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    print(export(adapter, options.output, options.to, base=base, dtype=dtype, split_terms=options.split_terms))
+
+
+def _base(name: str | None) -> tuple[UNetNames | None, Mapping[str, Mapping[str, tuple[int, ...]]] | None]:
+    """The base model's kind and, if its folder was given, its layers' shapes."""
+    if name is None:
+        return None, None
+    if name in BASES:
+        return BASES[name], None
+    if not Path(name).is_dir():
+        raise FormatError(f"--base {name}: expected one of {', '.join(BASES)}, or the folder of a pipeline.")
+    return base_of_folder(name), shapes_of_folder(name)
+
+
+def _names_need_base(adapter: Adapter) -> bool:
+    """Names in files for UNet pipelines depend on the base model; those for transformers do not."""
+    return all(component == "unet" or component.startswith("text_encoder") for component in adapter.components)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    stats = inspect_adapter(read_adapter(options.input), options.base)
+    print(table(stats))
+    if options.plot:
+        plot(stats, options.plot, Path(options.input).name)
+        print(f"wrote {options.plot}")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    adapter = read_adapter(options.adapter).scaled(options.scale)
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    out = merge_pipeline(options.pipeline, adapter, options.output, dtype)
+    print(f"merged {len(adapter)} layers into {options.pipeline}, wrote {out}")
+
+
+def _extract(options: argparse.Namespace) -> None:
+    adapter, errors = from_difference(
+        _weights(options.before),
+        _weights(options.after),
+        options.a_out,
+        options.a_in,
+        r=options.r,
+        layout=options.layout,
+        component=options.component,
+    )
+    for name, error in errors.items():
+        print(f"{error:8.2%} of dW is lost in {name}")
+    print(export(adapter, options.output, "peft"))
+
+
+def _weights(path: str) -> dict[str, torch.Tensor]:
+    """The weights of a safetensors file, or of all such files in a folder."""
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+    if not files:
+        raise FormatError(f"{path}: there are no safetensors files in this folder.")
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        weights |= read_safetensors(file)[0]
+    return weights
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole diffusers pipelines: add KronA to them, save it and load it, every model of the pipeline in one call.
+
+Works with any pipeline that has its models in `pipe.components`: Stable Diffusion 1.x, 2.x and XL, SD3, Flux and the
+like. On disk an adapter is one PEFT folder per model, in a subfolder named after the component:
+
+    my-adapter/unet/adapter_config.json           my-adapter/text_encoder/adapter_config.json
+    my-adapter/unet/adapter_model.safetensors     my-adapter/text_encoder/adapter_model.safetensors
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from safetensors.torch import save_file
+from torch import nn
+
+from .config import KronAConfig
+from .convert.files import read_safetensors
+from .convert.names import guess_component
+from .convert.reading import read_adapter
+from .errors import ConfigError, FormatError
+from .layer import KronALayer
+
+DENOISERS = ("unet", "transformer", "transformer_2", "prior")
+_PEFT_PREFIX = "base_model.model."
+
+
+def add_krona(
+    pipe: Any,
+    config: KronAConfig | None = None,
+    *,
+    text_encoder_config: KronAConfig | bool | None = None,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+) -> dict[str, nn.Module]:
+    """Add a new KronA adapter to a pipeline's denoiser and, on request, to its text encoders.
+
+    Args:
+        pipe: a diffusers pipeline.
+        config: for the UNet or transformer; None: (64, 4) on the attention projections. It is copied per model.
+        text_encoder_config: for every text encoder; True: (64, 4) on the attention projections; None: leave them alone.
+        adapter_name: the adapter's name in all models.
+        autocast_adapter_dtype: keep the adapter in float32 if the model is float16 or bfloat16 (as get_peft_model
+            does), which training needs.
+
+    Returns:
+        {component name: adapted model}, in the pipeline's order. Their trainable parameters are the adapter's.
+
+    Raises:
+        ConfigError: if the pipeline has nothing to adapt or the adapter exists already. The pipeline is unchanged.
+    """
+    models = _models(pipe)
+    configs: dict[str, KronAConfig] = {}
+    for name in models:
+        if name in DENOISERS:
+            configs[name] = copy.deepcopy(config) if config is not None else KronAConfig()
+        elif name.startswith("text_encoder") and text_encoder_config:
+            configs[name] = KronAConfig() if text_encoder_config is True else copy.deepcopy(text_encoder_config)
+    if not configs:
+        raise ConfigError(
+            f"{type(pipe).__name__} has no model to adapt: expected one of {DENOISERS} among its components, "
+            f"got {sorted(models)}."
+        )
+    adapted = {name: models[name] for name in configs}
+    with _undone_on_error(adapted):
+        for name, model in adapted.items():
+            _add_adapter(model, configs[name], adapter_name, component=name)
+            cast_adapter_dtype(model, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+    return adapted
+
+
+def save_krona_weights(pipe: Any, save_directory: str | os.PathLike, adapter_name: str = "default") -> list[Path]:
+    """Save one adapter of every model of the pipeline, each as a PEFT folder in a subfolder of its component's name.
+
+    A component's folder is written under a temporary name and renamed, so it is never half written.
+
+    Args:
+        pipe: the pipeline. save_directory: created if missing. adapter_name: which adapter.
+
+    Returns:
+        The folders written.
+
+    Raises:
+        ConfigError: if no model of the pipeline has a KronA adapter of that name.
+    """
+    configs = {
+        name: model.peft_config[adapter_name]
+        for name, model in _models(pipe).items()
+        if isinstance(getattr(model, "peft_config", {}).get(adapter_name), KronAConfig)
+    }
+    if not configs:
+        raise ConfigError(
+            f"No model of this {type(pipe).__name__} has a KronA adapter named {adapter_name!r}; it has "
+            f"{_adapter_names(pipe) or 'none'}. Add one with add_krona(pipe) or name another."
+        )
+    root = Path(save_directory)
+    root.mkdir(parents=True, exist_ok=True)
+    return [_save_component(_models(pipe)[name], config, adapter_name, root / name) for name, config in configs.items()]
+
+
+def load_krona_weights(
+    pipe: Any,
+    source: str | os.PathLike,
+    adapter_name: str = "default",
+    weight: float | None = None,
+    *,
+    weight_name: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> list[str]:
+    """Load an adapter into a pipeline and make it the active one; all models that it has weights for, in one call.
+
+    Args:
+        pipe: the pipeline.
+        source: a folder or file, or the id of a repository on the Hugging Face Hub. Besides what `save_krona_weights`
+            and PEFT write, everything that `peft_krona.convert.read_adapter` reads: released DiffuseKronA checkpoints,
+            LoKr and LoRA files.
+        adapter_name: the name to give it; use `pipe.set_adapters` to combine or weight several.
+        weight: strength; None leaves it at 1.
+        weight_name: a single file within `source`.
+        revision, token: for the Hub.
+
+    Returns:
+        Names of the components that were adapted.
+
+    Raises:
+        FormatError: names the file, layer or component and the reason. The pipeline is then as it was before.
+        ConfigError: if an adapter of that name exists already.
+    """
+    path = _local_path(os.fspath(source), weight_name, revision, token)
+    models = _models(pipe)
+    components = _read_own_folder(path, models) or read_adapter(path).peft_components(models)
+    missing = [name for name in components if name not in models]
+    if missing:
+        raise FormatError(
+            f"{path} has weights for {missing}, but this {type(pipe).__name__} has only {sorted(models)}."
+        )
+    with _undone_on_error({name: models[name] for name in components}):
+        for name, (config, state_dict) in components.items():
+            _add_adapter(models[name], config, adapter_name, component=name)
+            _load_state_dict(models[name], state_dict, adapter_name, where=f"{path}: {name}")
+            if weight is not None:
+                for layer in _krona_layers(models[name]):
+                    layer.set_scale(adapter_name, weight)
+    return list(components)
+
+
+def _read_own_folder(path: Path, models: Mapping[str, nn.Module]) -> dict[str, tuple[KronAConfig, dict]] | None:
+    """{component: (config, state dict)} of a folder that save_krona_weights or PEFT wrote, settings as they were."""
+    configs = [path / CONFIG_NAME] if (path / CONFIG_NAME).is_file() else sorted(path.glob(f"*/{CONFIG_NAME}"))
+    if not configs or any(_peft_type(file) != PeftType.KRONA.value for file in configs):
+        return None
+    components = {}
+    for file in configs:
+        folder = file.parent
+        config = KronAConfig.from_pretrained(str(folder), inference_mode=True)
+        if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            raise FormatError(f"{folder} has an {CONFIG_NAME} but no {SAFETENSORS_WEIGHTS_NAME}.")
+        state_dict, _ = read_safetensors(folder / SAFETENSORS_WEIGHTS_NAME)
+        state_dict = {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
+        name = folder.name if folder != path else guess_component(state_dict)
+        if folder == path and name not in models:  # guess_component knows the usual module names only
+            name = next((denoiser for denoiser in DENOISERS if denoiser in models), name)
+        components[name] = config, state_dict
+    return components
+
+
+def _peft_type(config_file: Path) -> str:
+    try:
+        return json.loads(config_file.read_text(encoding="utf-8"))["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{config_file} is not the config of a PEFT adapter: {error!r}.") from error
+
+
+def _load_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, where: str) -> None:
+    """Load weights into an adapter that was just added.
+
+    Raises:
+        FormatError: names the keys that are missing, left over or of the wrong shape.
+    """
+    state_dict = {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
+    expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    if not expected.keys() & state_dict.keys():
+        # transformers 5 dropped "text_model." from CLIPTextModel's module names, and files are from before and after
+        prefix = "text_model."
+        if all(key.startswith(prefix) for key in state_dict):
+            state_dict = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
+        elif all(key.startswith(prefix) for key in expected):
+            state_dict = {prefix + key: tensor for key, tensor in state_dict.items()}
+    problems = [f"no weights for {key}" for key in expected if key not in state_dict]
+    problems += [f"no layer for {key}" for key in state_dict if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(tensor.shape)}, the layer needs {tuple(expected[key].shape)}"
+        for key, tensor in state_dict.items()
+        if key in expected and tensor.shape != expected[key].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise FormatError(
+            f"{where}: the adapter does not fit this model: {'; '.join(problems[:3])}{more}. "
+            "Was it trained on another base model, or is the file damaged?"
+        )
+    set_peft_model_state_dict(model, state_dict, adapter_name=adapter_name)
+
+
+def _models(pipe: Any) -> dict[str, nn.Module]:
+    """{component name: model}, PEFT wrappers taken off."""
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, Mapping):
+        raise ConfigError(
+            f"Expected a diffusers pipeline, got {type(pipe).__name__}. For a single model use "
+            "get_peft_model(model, KronAConfig(...)) or model.add_adapter(KronAConfig(...))."
+        )
+    models = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    return {name: m.get_base_model() if isinstance(m, PeftModel) else m for name, m in models.items()}
+
+
+def _krona_layers(model: nn.Module) -> Iterator[KronALayer]:
+    return (module for module in model.modules() if isinstance(module, KronALayer))
+
+
+def _adapter_names(pipe: Any) -> list[str]:
+    return sorted({name for model in _models(pipe).values() for name in getattr(model, "peft_config", {})})
+
+
+def _add_adapter(model: nn.Module, config: KronAConfig, adapter_name: str, component: str) -> None:
+    if adapter_name in getattr(model, "peft_config", {}):
+        raise ConfigError(
+            f"The pipeline's {component} already has an adapter named {adapter_name!r}. Choose another adapter_name, "
+            f"or remove it first: pipe.delete_adapters({adapter_name!r})."
+        )
+    model.add_adapter(config, adapter_name)
+
+
+def _save_component(model: nn.Module, config: KronAConfig, adapter_name: str, folder: Path) -> Path:
+    state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    state_dict = {f"{_PEFT_PREFIX}{key}": tensor.contiguous().cpu() for key, tensor in state_dict.items()}
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        config.save_pretrained(str(new))
+        save_file(state_dict, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        if folder.exists():
+            os.replace(folder, Path(scratch, "old"))
+        os.replace(new, folder)
+    return folder
+
+
+def _local_path(source: str, weight_name: str | None, revision: str | None, token: str | None) -> Path:
+    """A local file or folder for `source`, from the Hub if it is not on disk."""
+    path = Path(source)
+    if path.exists():
+        found = path / weight_name if weight_name else path
+        if not found.exists():
+            raise FormatError(f"{path} holds no {weight_name}.")
+        return found
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise FormatError(f"{source} does not exist, and is no id of a repository on the Hugging Face Hub (user/name).")
+    if weight_name:
+        return Path(hf_hub_download(source, weight_name, revision=revision, token=token))
+    files = HfApi(token=token).list_repo_files(source, revision=revision)
+    wanted = [f for f in files if Path(f).name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+    wanted = wanted or [f for f in files if "/" not in f and f.endswith(".safetensors")]
+    if not wanted:
+        raise FormatError(f"The repository {source} holds no adapter: expected {CONFIG_NAME} or a .safetensors file.")
+    local = [Path(hf_hub_download(source, f, revision=revision, token=token)) for f in wanted]
+    if len(local) == 1:
+        return local[0]
+    return local[0].parents[wanted[0].count("/")]
+
+
+@contextmanager
+def _undone_on_error(models: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Take adapters that were added inside the block out again if it raises: nothing of them is left in the models."""
+    before = {name: _ModelState(model) for name, model in models.items()}
+    try:
+        yield
+    except BaseException:
+        for state in before.values():
+            state.restore()
+        raise
+
+
+class _ModelState:
+    """What adding an adapter changes in a model: its modules, adapters, flags."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.children = [(m, dict(m._modules)) for m in model.modules()]
+        self.layers = [
+            (m, m._all_available_adapter_names(), list(m.active_adapters))
+            for m in model.modules()
+            if isinstance(m, BaseTunerLayer)
+        ]
+        self.requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        self.peft_config = dict(model.peft_config) if hasattr(model, "peft_config") else None
+        self.loaded = getattr(model, "_hf_peft_config_loaded", None)
+
+    def restore(self) -> None:
+        for layer, names, active in self.layers:
+            for name in set(layer._all_available_adapter_names()) - set(names):
+                for attribute in layer.adapter_layer_names + layer.other_param_names:
+                    getattr(layer, attribute).pop(name, None)
+            layer.set_adapter(active)
+        for module, children in self.children:
+            if not isinstance(module, (nn.ParameterDict, nn.ModuleDict)):
+                module._modules.update(children)
+        if self.peft_config is None:
+            self.model.__dict__.pop("peft_config", None)
+        else:
+            self.model.peft_config = self.peft_config
+        if self.loaded is not None:
+            self.model._hf_peft_config_loaded = self.loaded
+        for parameter, flag in self.requires_grad:
+            parameter.requires_grad_(flag)
