@@ -110,7 +110,7 @@ class Plan(NamedTuple):
         self, dy: torch.Tensor, h: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(gradient of the intermediate, gradient of the matrix that `second` multiplied with)."""
-        r, a_out, a_in, b_out, b_in, layout, order = self
+        r, a_out, _, b_out, b_in, layout, order = self
         T = h.shape[0]
         if order == "a_first" and layout == "kron":
             g = dy.view(T * a_out, b_out)
