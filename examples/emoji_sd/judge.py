@@ -43,7 +43,7 @@ class Block(nn.Module):
 class JudgeModel(nn.Module):
     """Strided convolutions with residual blocks to a 4x4 grid; two linear heads; a bag of words for texts."""
 
-    def __init__(self, words: list[str], width: int = 24, out: int = 128):
+    def __init__(self, words: list[str], width: int, out: int):
         super().__init__()
         self.words = {word: i + 1 for i, word in enumerate(words)}  # 0 is no word
         layers, channels = [], 3

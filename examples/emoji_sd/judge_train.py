@@ -27,7 +27,7 @@ from .render import (
 from .text import words
 from .vae import encode
 
-STEPS, BATCH, LR = 1500, 96, 1.5e-3
+STEPS, BATCH, LR, WIDTH, OUT = 1500, 64, 1.5e-3, 16, 128
 PICTURES, VIEWS, MEMBERS = 14_000, 4, 1100
 
 
@@ -106,10 +106,10 @@ def train(run: Path, package: Path, vae, output: Path, steps: int = STEPS, deadl
     names = list(CONCEPTS)
     name_texts = [f"a photo of {article(name)}" for name in names]
     torch.manual_seed(0)
-    model = JudgeModel(words())
+    model = JudgeModel(words(), WIDTH, OUT)
 
     def loss(step):
-        pick, members = torch.randint(len(captions), (BATCH,)), torch.randperm(len(views))[: BATCH // 2]
+        pick, members = torch.randint(len(captions), (BATCH,)), torch.randperm(len(views))[:BATCH // 2]
         pairs = torch.rand(BATCH // 2, VIEWS).argsort(1)[:, :2]
         both = views[members[:, None], pairs].flatten(0, 1)
         x = worsen(to_tensor(torch.cat([data["images"][pick], both])))
@@ -128,7 +128,7 @@ def train(run: Path, package: Path, vae, output: Path, steps: int = STEPS, deadl
     Loop("judge", run, model, LR, steps, seed=4, deadline=deadline).run(loss)
     output.mkdir(parents=True, exist_ok=True)
     save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, output / "model.safetensors")
-    config = {"width": 24, "out": 128, "names": names, "words": list(model.words)}
+    config = {"width": WIDTH, "out": OUT, "names": names, "words": list(model.words)}
     (output / "config.json").write_text(json.dumps(config) + "\n")
     return Judge.load(output)
 

@@ -25,7 +25,7 @@ from .text import build_tokenizer, tokenize
 HERE = Path(__file__).resolve().parent
 PIPELINE = HERE.parent / "assets" / "emoji-sd"
 JUDGE = HERE.parent / "assets" / "judge"
-STAGES = ("data", "vae", "latents", "clip", "states", "unet", "judge")
+STAGES = ("data", "vae", "latents", "clip", "states", "unet", "decoder", "judge")
 PICTURES, CAPTIONS_EACH = 24_000, 2
 
 
@@ -94,7 +94,7 @@ def main() -> None:
     scale = 1 / float((mean.float().var() + std.float().square().mean()).sqrt())
     autoencoder.register_to_config(scaling_factor=round(scale, 5))
     scale = autoencoder.config.scaling_factor
-    mean, std = mean * scale, std * scale
+    raw, mean, std = (mean, std), mean * scale, std * scale
     if reached("latents"):
         return
     tokenizer = build_tokenizer(args.run / "tokenizer")
@@ -129,6 +129,10 @@ def main() -> None:
     loop = unet.train(args.run, (mean, std), states, empty, after_save=export_latest, **limits("unet", unet.STEPS))
     export_unet(loop, args.output)
     if reached("unet"):
+        return
+    vae.train_decoder(args.run, autoencoder, raw, images, **limits("decoder", vae.DECODER_STEPS))
+    export_unet(loop, args.output)
+    if reached("decoder"):
         return
     judge_train.train(args.run, package, autoencoder, JUDGE, **limits("judge", judge_train.STEPS))
     reached("judge")

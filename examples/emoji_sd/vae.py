@@ -7,7 +7,7 @@ from torch.nn.functional import l1_loss
 
 from .loop import Loop, autocast, to_tensor
 
-STEPS, BATCH, LR, KL_WEIGHT = 3600, 16, 1.2e-3, 5e-4
+STEPS, DECODER_STEPS, BATCH, LR, KL_WEIGHT = 3600, 2400, 16, 1.2e-3, 5e-4
 
 
 def build() -> AutoencoderKL:
@@ -31,6 +31,11 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
 
+def reconstruction_loss(y: Tensor, x: Tensor) -> tuple[Tensor, dict]:
+    l1, edge = l1_loss(y, x), sum(l1_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True))
+    return l1 + 2 * edge, {"l1": l1, "edge": edge}
+
+
 def train(folder, images, steps: int = STEPS, deadline=None) -> AutoencoderKL:
     """Train on uint8 pictures, N x 64 x 64 x 3."""
     vae = build()
@@ -40,14 +45,29 @@ def train(folder, images, steps: int = STEPS, deadline=None) -> AutoencoderKL:
         with autocast():
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample.float()
-        l1 = l1_loss(y, x)
-        edge = sum(l1_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True))
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
-        return l1 + 2 * edge + KL_WEIGHT * kl, {"l1": l1, "edge": edge, "kl": kl}
+        value, shown = reconstruction_loss(y, x)
+        return value + KL_WEIGHT * kl, shown | {"kl": kl}
 
     loop = Loop("vae", folder, vae, LR, steps, seed=1, weight_decay=0, deadline=deadline)
     loop.run(loss)
     return vae.eval()
+
+
+def train_decoder(folder, vae: AutoencoderKL, latents: tuple[Tensor, Tensor], images, steps: int = DECODER_STEPS,
+                  deadline=None) -> None:  # fmt: skip
+    """Train the decoder on, its latents (unscaled means and deviations of `images`) as they are; changes `vae`."""
+    mean, std = latents
+    decoder = nn.ModuleDict({"conv": vae.post_quant_conv, "decoder": vae.decoder})
+
+    def loss(step):
+        pick = torch.randint(len(images), (BATCH,))
+        z = mean[pick].float() + std[pick].float() * torch.randn(BATCH, *mean.shape[1:])
+        with autocast():
+            y = vae.decode(z).sample.float()
+        return reconstruction_loss(y, to_tensor(images[pick.numpy()]))
+
+    Loop("decoder", folder, decoder, 8e-4, steps, seed=5, weight_decay=0, deadline=deadline).run(loss)
 
 
 @torch.no_grad()
