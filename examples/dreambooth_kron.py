@@ -38,10 +38,11 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from examples.dreambooth import TrainingError, adapters, card, data, demo, evaluate, exports, objective, optim
+from examples.dreambooth import TrainingError, adapters, card, data, demo, evaluate, objective, optim
 from examples.dreambooth.arguments import parse_args, settings
 from examples.dreambooth.checkpoint import TEMPORARY, Checkpoints, clean, is_write_error, replace_folder
 from examples.dreambooth.class_images import make_class_images
+from examples.dreambooth.exports import export_for_other_tools
 from examples.dreambooth.prompts import Denoiser, TextEmbeddings, is_sdxl, text_encoders, time_ids
 
 
@@ -229,9 +230,9 @@ def main(args: Any) -> dict[str, Any]:
     model.train()
     optim.set_train_mode(optimizer, True)
     losses: list[torch.Tensor] = []
-    bar = tqdm(total=total, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
     loop_started = time.time()
-    with Interrupt() as interrupt:
+    progress = tqdm(total=total, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
+    with Interrupt() as interrupt, progress as bar:
         for micro_step, batch in enumerate(loader, start=batches.start):
             # everything random in a micro-step follows from its number: nothing depends on what ran before it
             torch.manual_seed(
@@ -296,7 +297,6 @@ def main(args: Any) -> dict[str, Any]:
                 accelerator.set_trigger()
             if accelerator.check_trigger():
                 break
-    bar.close()
     seconds = time.time() - loop_started
     interrupted = step < total
     if interrupted:
@@ -333,7 +333,7 @@ def main(args: Any) -> dict[str, Any]:
     if accelerator.is_main_process:
         say(f"Adapter saved in {', '.join(str(output / name) for name in trained)}")
         files = [str(output / name) for name in trained]
-        files += exports.export(pipe, trained, output, "none" if interrupted else args.export, args, say)
+        files += export_for_other_tools(output, "none" if interrupted else args.export, args, say)
         images = []
         if validating and not interrupted:  # from the saved file, in a pipeline that has seen no training
             del pipe, denoiser, model, optimizer, embed

@@ -122,7 +122,9 @@ def uninterrupted(tiny_sd, pictures, tmp_path_factory):
 def test_a_killed_run_resumes_exactly(tiny_sd, pictures, tmp_path, uninterrupted, what, left):
     program = KILL.format(root=str(SCRIPT.parents[1]), what=what)
     done = subprocess.run(
-        [sys.executable, "-c", program, *arguments(tiny_sd, pictures, tmp_path, *RESUME)], capture_output=True, text=True
+        [sys.executable, "-c", program, *arguments(tiny_sd, pictures, tmp_path, *RESUME)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert sorted(p.name for p in tmp_path.glob("*checkpoint-*")) == left
@@ -135,3 +137,231 @@ def test_resume_is_sensitive(tiny_sd, pictures, tmp_path, uninterrupted):
     """The comparison above can fail: another seed gives other weights everywhere."""
     train(tiny_sd, pictures, tmp_path, *RESUME, "--seed", 1)
     assert len(differences(weights(tmp_path), uninterrupted)) == len(uninterrupted)
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_are_one_with_the_same_global_batch(tiny_sd, pictures, tmp_path):
+    common = ["--max_train_steps", 3, "--learning_rate", 1e-3, "--train_text_encoder", "--text_encoder_lr", 1e-3,
+              "--random_flip", "--with_prior_preservation", "--class_data_dir", pictures / "input",
+              "--class_prompt", "a dog", "--num_class_images", 3, "--seed", 5]  # fmt: skip
+    # two processes on a CPU, talking over gloo; on GPUs `accelerate launch` needs neither flag nor variable
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", "0"]  # fmt: skip
+    two = [*launch, str(SCRIPT), *arguments(tiny_sd, pictures, tmp_path / "two", *common, "--checkpointing_steps", 2)]
+    done = subprocess.run(
+        two, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "3 updates of 2 images" in done.stdout
+    assert sorted(p.name for p in (tmp_path / "two" / "checkpoint-2").glob("random_states*")) == [
+        "random_states_0.pkl", "random_states_1.pkl",
+    ]  # fmt: skip
+    train(tiny_sd, pictures, tmp_path / "one", *common, "--train_batch_size", 2)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys() and len(one) > 30
+    moved = max(one[k].abs().max() for k in one if k.endswith("krona_B"))
+    for k in one:  # sums in another order: far below what training moved
+        torch.testing.assert_close(one[k], two[k], atol=1e-3 * float(moved), rtol=1e-4)
+
+
+# -- what people combine ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_everything_at_once(kind, tiny_sd, tiny_sdxl, pictures, tmp_path, capsys):
+    pipeline = {"sd": tiny_sd, "sdxl": tiny_sdxl}[kind]
+    summary = train(
+        pipeline, pictures, tmp_path / "out", "--train_text_encoder", "--gradient_checkpointing", "--random_flip",
+        "--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a dog",
+        "--num_class_images", 2, "--sample_batch_size", 2, "--snr_gamma", 5, "--noise_offset", 0.1,
+        "--caption_dropout", 0.5, "--cache_latents", "--offload", "--mixed_precision", "bf16", "--allow_tf32",
+        "--gradient_accumulation_steps", 2, "--validation_prompt", "a sks dog", "on the moon",
+        "--num_validation_images", 2, "--validation_steps", 1, "--validation_inference_steps", 2,
+        "--checkpointing_steps", 1, "--checkpoints_total_limit", 1, "--report_to", "tensorboard", "--seed", 3,
+    )  # fmt: skip
+    parts = ["text_encoder", "text_encoder_2", "unet"] if kind == "sdxl" else ["text_encoder", "unet"]
+    out = tmp_path / "out"
+    assert sorted(p.parent.name for p in out.glob("*/adapter_config.json")) == parts
+    assert len(list((tmp_path / "class").glob("*.png"))) == 2
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-2"]
+    assert sorted(p.name for p in (out / "validation").iterdir()) == ["final-2", "validation-1"]
+    assert len(list((out / "validation" / "final-2").glob("[0-9]*.png"))) == 4
+    assert list((out / "logs").rglob("events.out.tfevents*"))
+    readme = (out / "README.md").read_text()
+    for expected in (
+        "instance_prompt: a sks dog",
+        "image_3.png",
+        "template:sd-lora",
+        "learning_rate",
+        "trainable parameters",
+    ):
+        assert expected in readme, expected
+    assert summary["updates"] == 2 and summary["trainable parameters"] == sum(v.numel() for v in weights(out).values())
+    assert json.loads((out / "training_summary.json").read_text())["peak memory, MiB"] > 0
+    with safe_open(out / "unet" / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata()["instance_prompt"] == "a sks dog" and file.metadata()["krona_a_out"] == "64"
+    assert any(v.abs().max() > 0 for k, v in weights(out).items() if k.startswith("unet") and k.endswith("krona_B"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--adapter_type", "lora", "--use_dora"],
+        ["--adapter_type", "lokr", "--rank", 2],
+        ["--optimizer", "prodigy"],
+        ["--optimizer", "schedulefree", "--lr_warmup_steps", 1],
+        ["--optimizer", "SGD", "--optimizer_args", "momentum=0.9", "nesterov=True"],
+        ["--learning_rate_a", 1e-5, "--learning_rate_b", 1e-3, "--scale_lr", "--lr_scheduler", "polynomial"],
+        ["--layout", "diffusekrona", "--rank", 3, "--scaling", "rslora", "--alpha", 4, "--init_weights", "kaiming"],
+        ["--aspect_ratio_buckets", "auto", "--cache_latents", "--train_batch_size", 2, "--num_train_epochs", 1],
+        ["--target_modules", r".*attn2\.to_(k|v)", "--torch_compile"],
+    ],
+    ids=lambda more: " ".join(map(str, more[:2])),
+)
+def test_variants_train(tiny_sd, pictures, tmp_path, more, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "compiled", True))  # minutes otherwise
+    summary = train(tiny_sd, pictures, tmp_path, *more, "--max_train_steps", 1)
+    assert summary["updates"] == 1
+    trained = weights(tmp_path)
+    assert trained and all(torch.isfinite(v).all() for v in trained.values())
+
+
+@pytest.mark.parametrize("optimizer", ["prodigy", "schedulefree"])
+def test_resume_with_stateful_optimizers(tiny_sd, pictures, tmp_path, optimizer):
+    """Validation swaps schedule-free's weights; resuming repeats it exactly."""
+    more = ["--optimizer", optimizer, "--max_train_steps", 4, "--validation_prompt", "x", "--num_validation_images", 1,
+            "--validation_steps", 2, "--validation_inference_steps", 1, "--checkpointing_steps", 2]  # fmt: skip
+    train(tiny_sd, pictures, tmp_path, *more)
+    whole = weights(tmp_path)
+    AcceleratorState._reset_state(True)
+    train(tiny_sd, pictures, tmp_path, *more, "--resume_from_checkpoint", tmp_path / "checkpoint-2")
+    assert differences(weights(tmp_path), whole) == []
+
+
+def test_v_prediction_and_one_shot(tmp_path, pictures):
+    pipeline = tiny.build(tmp_path / "v", prediction_type="v_prediction")
+    summary = train(pipeline, pictures / "input" / "0.png", tmp_path / "out", "--train_batch_size", 2, "--snr_gamma", 5)
+    assert summary["updates"] == 2
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_rotation_and_half_written_checkpoints(tiny_sd, pictures, tmp_path, capsys):
+    train(
+        tiny_sd, pictures, tmp_path, "--max_train_steps", 4, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2
+    )
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
+    (tmp_path / "checkpoint-9").mkdir()  # no state file: not whole
+    (tmp_path / ".tmp-checkpoint-11").mkdir()
+    AcceleratorState._reset_state(True)
+    train(tiny_sd, pictures, tmp_path, "--max_train_steps", 5, "--resume_from_checkpoint", "latest")
+    assert f"Resumed from {tmp_path / 'checkpoint-4'}, after 4 updates" in capsys.readouterr().out
+    assert not (tmp_path / ".tmp-checkpoint-11").exists()
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(tiny_sd, pictures, tmp_path):
+    train(tiny_sd, pictures, tmp_path, "--max_train_steps", 1, "--checkpointing_steps", 1)
+    AcceleratorState._reset_state(True)
+    with pytest.raises(TrainingError, match=r"has checkpoints of another run.*--resume_from_checkpoint latest"):
+        train(tiny_sd, pictures, tmp_path)
+    AcceleratorState._reset_state(True)
+    train(tiny_sd, pictures, tmp_path, "--overwrite_output_dir")
+    assert checkpoint.checkpoints(tmp_path) == []
+
+
+def test_resuming_with_another_adapter_is_an_error(tiny_sd, pictures, tmp_path):
+    train(tiny_sd, pictures, tmp_path, "--max_train_steps", 1, "--checkpointing_steps", 1)
+    AcceleratorState._reset_state(True)
+    with pytest.raises(TrainingError, match="does not fit the adapter that the flags describe"):
+        train(tiny_sd, pictures, tmp_path, "--krona_a_out", 8, "--resume_from_checkpoint", "latest")
+
+
+def test_a_full_disk_keeps_what_was_trained(tiny_sd, pictures, tmp_path, capsys, monkeypatch):
+    """Writes fail from the second checkpoint on, as on a full disk: the first stays, nothing half written is left."""
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    save = dreambooth_kron.Checkpoints.save
+
+    def full_from_two(self, step):
+        if step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+        return save(self, step)
+
+    monkeypatch.setattr(dreambooth_kron.Checkpoints, "save", full_from_two)
+    try:
+        code = dreambooth_kron.run(arguments(tiny_sd, pictures, tmp_path, "--checkpointing_steps", 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    printed = capsys.readouterr()
+    assert code == 2
+    assert "checkpoint-2 could not be written" in printed.out and "free some disk space" in printed.out
+    assert "error:" in printed.err and f"The newest whole checkpoint is {tmp_path / 'checkpoint-1'}" in printed.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
+
+
+def test_ctrl_c_saves_and_resumes(tiny_sd, pictures, tmp_path, capsys, monkeypatch):
+    original = dreambooth_kron.objective.loss_of
+    calls = []
+
+    def loss_of(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(dreambooth_kron.objective, "loss_of", loss_of)
+    args = arguments(tiny_sd, pictures, tmp_path, "--max_train_steps", 5)
+    assert dreambooth_kron.run(args) == 130
+    assert "Interrupted after 3 of 5 updates." in capsys.readouterr().out
+    assert weights(tmp_path)  # the adapter so far
+    AcceleratorState._reset_state(True)
+    assert dreambooth_kron.run([*args, "--resume_from_checkpoint", "latest"]) == 0
+    resumed = weights(tmp_path)
+    AcceleratorState._reset_state(True)
+    assert dreambooth_kron.run([*args, "--overwrite_output_dir"]) == 0
+    assert differences(weights(tmp_path), resumed) == []
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--instance_data_dir", "{empty}"], r"has no images.*expected files ending in"),
+        (["--instance_data_dir", "{empty}/none"], r"does not exist: --instance_data_dir expects"),
+        (["--instance_data_dir", "{broken}"], r"bad\.png cannot be read as an image.*remove it"),
+        (
+            ["--pretrained_model_name_or_path", "{empty}"],
+            r"has no model_index\.json: expected the folder of a diffusers",
+        ),
+        (["--krona_a_out", "7", "--strict_factors"], r"a_out=7 does not divide"),
+        (["--target_modules", "nothing"], r"adapter does not fit the unet"),
+        (["--resolution", "30"], r"Image size 30x30: this pipeline needs both sides to be multiples of 4"),
+        (["--optimizer", "Nope"], r"'Nope' is unknown; expected AdamW"),
+        (["--optimizer_args", "momentum=1"], r"does not take"),
+        (["--with_prior_preservation"], r"needs --class_data_dir"),
+        (["--use_dora"], r"--use_dora is for --adapter_type lora"),
+        (["--resume_from_checkpoint", "checkpoint-7"], r"not a whole checkpoint.*none"),
+        (["--learning_rate", "nan"], r"does not take .*Invalid learning rate"),
+        (["--noise_offset", "inf"], r"The loss is nan at update 1: try a lower --learning_rate"),
+        (["--aspect_ratio_buckets", "1;2"], r"--aspect_ratio_buckets '1;2'"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_mistakes_end_in_one_clear_line(tiny_sd, pictures, tmp_path, capsys, change, message):
+    (tmp_path / "empty").mkdir()
+    broken = tiny.images(tmp_path / "broken")
+    (broken / "bad.png").write_bytes((broken / "0.png").read_bytes()[:500])
+    change = [c.format(empty=tmp_path / "empty", broken=broken) for c in change]
+    assert dreambooth_kron.run(arguments(tiny_sd, pictures, tmp_path / "out", *change)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and re.search(message, error), error
+    assert not list((tmp_path / "out").glob("*/adapter_model.safetensors"))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 
 from peft_krona import KronAConfig
 from peft_krona.errors import KronAError
+from peft_krona.pipelines import load_krona_weights
 
 from . import TrainingError
 
@@ -133,25 +133,17 @@ def load_state(parts: dict[str, nn.Module], folder: Path) -> None:
 
 
 def load_adapters(pipe: Any, folder: str | Path, adapter_name: str = "default", weight: float = 1.0) -> list[str]:
-    """Load what `save_adapters` wrote into a fresh pipeline; returns the names of the adapted components.
+    """Load what `save_adapters` wrote (KronA: also what other tools wrote); returns the adapted components' names.
 
     Raises:
         TrainingError: if the folder has no adapter, or it does not fit the pipeline.
     """
     folder = Path(folder)
     found = sorted(p.parent.name for p in folder.glob("*/adapter_config.json")) if folder.is_dir() else []
-    if folder.is_dir() and not found:
-        raise TrainingError(
-            f"{folder} has no saved adapter: expected folders such as {folder / 'unet'} with adapter_config.json and "
-            "adapter_model.safetensors."
-        )
     kinds = {PeftConfig.from_pretrained(folder / name).peft_type.value for name in found}
     try:
-        if kinds == {"KRONA"} and find_spec("peft_krona.pipelines"):
-            from peft_krona.pipelines import load_krona_weights
-
-            load_krona_weights(pipe, str(folder), adapter_name=adapter_name, weight=weight)
-            return found
+        if kinds <= {"KRONA"}:  # also what is no PEFT folder: a file, or an id on the Hub
+            return load_krona_weights(pipe, str(folder), adapter_name=adapter_name, weight=weight)
         for name in found:
             model = getattr(pipe, name, None)
             if model is None:

@@ -3,13 +3,32 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from peft_krona.convert import base_of_folder, export, guess_base, read_adapter
+from peft_krona.errors import FormatError
 
 
-def export(pipe: Any, trained: dict[str, nn.Module], output: Path, kind: str, args: Any, say: Callable) -> list[str]:
-    """Write the file that --export asks for; returns the paths written."""
-    return []
+def export_for_other_tools(output: Path, kind: str, args: Any, say: Callable[[str], None]) -> list[str]:
+    """Write what --export asks for from the saved adapter; returns the files written.
+
+    A format that cannot hold the adapter, or a model whose names other tools do not know, is said, not raised: the
+    adapter is saved already, and `python -m peft_krona convert` can be tried later.
+    """
+    if kind == "none":
+        return []
+    if kind == "auto" and args.adapter_type != "krona":
+        kind = args.adapter_type
+    base_path = args.pretrained_model_name_or_path
+    try:
+        adapter = read_adapter(output)
+        base = base_of_folder(base_path) if os.path.isdir(base_path) else guess_base(adapter)
+        report = export(adapter, output / f"{output.resolve().name}.safetensors", to=kind, base=base)
+    except FormatError as error:
+        say(f"Not exported as {kind}: {error}")
+        return []
+    say(f"Exported for other tools:\n{report}")
+    return [str(path) for path in report.files]
