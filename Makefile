@@ -1,0 +1,28 @@
+# `make test` and `make demo` do all set-up themselves: a virtual environment in .venv and everything that is needed.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: test demo lint clean
+
+test: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(RUN) -m pytest -n auto --dist worksteal
+
+demo: $(VENV)/.ready
+	$(RUN) examples/dreambooth_kron.py
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) output .pytest_cache .ruff_cache
