@@ -23,7 +23,7 @@ from .convert import (
     read_adapter,
     shapes_of_folder,
 )
-from .convert.files import read_safetensors
+from .convert.files import read_weights
 from .convert.merging import merge_pipeline
 from .errors import FormatError, KronAError
 from .inspection import inspect_adapter, plot, table
@@ -152,7 +152,7 @@ def _weights(path: str) -> dict[str, torch.Tensor]:
         raise FormatError(f"{path}: there are no safetensors files in this folder.")
     weights: dict[str, torch.Tensor] = {}
     for file in files:
-        weights |= read_safetensors(file)[0]
+        weights |= read_weights(file)
     return weights
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
@@ -145,7 +145,7 @@ def _row(entry: LayerStats) -> tuple[str, ...]:
 
 
 def totals(stats: Sequence[LayerStats]) -> list[str]:
-    """Lines that sum up the table: layers, parameters against those of the adapted weights, and the whole update's norm."""
+    """Lines that sum up the table: layers, parameters against the adapted weights, the whole update's norm."""
     parts = Counter(entry.layer.component for entry in stats)
     parameters = sum(entry.layer.A.numel() + entry.layer.B.numel() for entry in stats)
     adapted = sum(torch.Size(entry.layer.shape).numel() for entry in stats)

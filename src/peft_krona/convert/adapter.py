@@ -256,16 +256,29 @@ def _fit(layer: KronaLayer, shapes: Mapping[str, Mapping[str, tuple[int, ...]]])
 
 
 def shapes_of_models(models: Mapping[str, nn.Module]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """{component: {module: weight shape}} of the Linear and convolution layers of a pipeline's parts.
+    """{component: {module: (out, in, *kernel)}} of the layers of a pipeline's parts that can be adapted.
+
+    An embedding counts as (embedding_dim, num_embeddings), and the input of a grouped convolution as that of one group.
 
     >>> shapes_of_models({"unet": nn.Sequential(nn.Linear(3, 5))})
     {'unet': {'0': (5, 3)}}
     """
     return {
         component: {
-            to_file_name(component, name.removesuffix(".base_layer")): tuple(module.weight.shape)
+            to_file_name(component, name.removesuffix(".base_layer")): shape
             for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+            if (shape := _shape_of(module)) is not None
         }
         for component, model in models.items()
     }
+
+
+def _shape_of(module: nn.Module) -> tuple[int, ...] | None:
+    """(out, in, *kernel), not from the weight itself: a quantized one is packed."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return module.out_channels, module.in_channels // module.groups, *module.kernel_size
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
+    return None

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import FormatError
 from .adapter import Adapter
 from .files import read_header
-from .names import BASES, UNetNames, to_file_name
+from .names import BASES, UNetNames, is_embedding, to_file_name
 
 _BY_CROSS_ATTENTION = {names.cross_attention_dim: kind for kind, names in BASES.items()}
 _LATER_BLOCK = re.compile(r"\.transformer_blocks\.[1-9]")
@@ -93,7 +93,9 @@ def shapes_of_folder(folder: str | os.PathLike) -> dict[str, dict[str, tuple[int
         component = path.parent.name
         for key, (_, shape) in read_header(path).items():
             if key.endswith(".weight") and len(shape) > 1:
-                shapes.setdefault(component, {})[to_file_name(component, key.removesuffix(".weight"))] = shape
+                module = to_file_name(component, key.removesuffix(".weight"))
+                # An embedding's table is stored transposed: (num_embeddings, embedding_dim).
+                shapes.setdefault(component, {})[module] = shape[::-1] if is_embedding(module) else shape
     if not shapes:
         raise FormatError(f"{folder}: there are no safetensors weights in its subfolders.")
     return shapes

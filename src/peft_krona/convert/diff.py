@@ -25,7 +25,9 @@ def to_diff(adapter: Adapter, base: UNetNames, dtype: torch.dtype = torch.float1
     }
 
 
-def diff_deltas(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(layer name, dW in float64) for each layer."""
+def diff_deltas(
+    tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float64
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(layer name, dW in `dtype`) for each layer."""
     for name, parts in group_by_layer(tensors, ("diff",)).items():
-        yield name, parts["diff"].double()
+        yield name, parts["diff"].to(dtype)

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import isqrt
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from .files import new_folder, read_safetensors, tensor_hash, write_safetensors
 from .loha import loha_deltas, to_loha
 from .lokr import as_plain_kron, lokr_deltas, to_lokr
 from .lora import lora_deltas, lora_rank, to_lora, to_lora_peft
-from .names import UNetNames, to_kohya_name
+from .names import UNetNames, is_embedding, to_kohya_name
 from .peft import to_peft
 from .reading import read_adapter
 
@@ -32,7 +33,7 @@ _WRITERS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
     "lora": to_lora,
     "diff": to_diff,
 }
-_DELTAS: dict[str, Callable[[Mapping[str, torch.Tensor]], Iterator[tuple[str, torch.Tensor]]]] = {
+_DELTAS: dict[str, Callable[..., Iterator[tuple[str, torch.Tensor]]]] = {
     "lokr": lokr_deltas,
     "loha": loha_deltas,
     "lora": lora_deltas,
@@ -175,6 +176,9 @@ def _export_file(
             "The layers' names belong to no part of a diffusion pipeline, and files for other tools need one. "
             "Use --to peft, or read the adapter from a folder named after its part (unet, transformer, ...)."
         )
+    tables = [layer.name for layer in adapter if is_embedding(layer.module)]
+    if tables:
+        raise FormatError(f"{tables[0]} is an embedding, which files for other tools cannot hold. Use --to peft.")
     if to == "lora" and any(not _is_unet_or_clip(layer) for layer in adapter):
         tensors, metadata = to_lora_peft(adapter, dtype)
         names = {f"{layer.component}.{layer.module}": layer for layer in adapter}
@@ -193,7 +197,9 @@ def _export_file(
 
     def verify(path: Path) -> None:
         written, _ = read_safetensors(path)
-        worst.update(_errors(names, _DELTAS[to](written)))
+        # float64 where the file's own rounding is near that of float32
+        precision = torch.float64 if dtype == torch.float32 else torch.float32
+        worst.update(_errors(names, _DELTAS[to](written, precision)))
         _check_errors(worst, to, dtype)
 
     write_safetensors(out, tensors, metadata, verify)
@@ -211,20 +217,31 @@ def _export_peft(adapter: Adapter, out: Path, dtype: torch.dtype | None) -> Repo
             config.save_pretrained(str(part))
             metadata = {"format": "pt", **adapter.metadata}
             save_file({k: t.contiguous() for k, t in state_dict.items()}, part / "adapter_model.safetensors", metadata)
-        names = {layer.name: layer for layer in adapter}
-        written = ((layer.name, layer.delta_weight()) for layer in read_adapter(folder))
-        worst = _errors(names, written)
+        read = {layer.name: layer for layer in read_adapter(folder)}
+        changed = {layer.name: layer for layer in adapter if not _is_same(layer, read.get(layer.name))}
+        worst = dict.fromkeys((layer.name for layer in adapter), 0.0)
+        worst |= _errors(changed, ((name, read[name].delta_weight()) for name in changed if name in read))
         _check_errors(worst, "peft", dtype or torch.float32)
     layer = max(worst, key=worst.__getitem__)
     files = tuple(sorted(out.rglob("adapter_model.safetensors")))
     return Report("peft", "", files, worst[layer], layer, sum(path.stat().st_size for path in files))
 
 
+def _is_same(one: KronaLayer, other: KronaLayer | None) -> bool:
+    """Whether two layers are bit for bit the same, so that their dW need not be compared."""
+    return (
+        other is not None
+        and (one.scale, one.layout) == (other.scale, other.layout)
+        and torch.equal(one.A, other.A)
+        and torch.equal(one.B, other.B)
+    )
+
+
 def _errors(names: Mapping[str, KronaLayer], written: Iterator[tuple[str, torch.Tensor]]) -> dict[str, float]:
     """Relative error of each layer of a file that was read back; layers that are missing count as infinitely wrong."""
     errors = dict.fromkeys((layer.name for layer in names.values()), float("inf"))
     for name, dW in written:
-        wanted = names[name].delta_weight()
+        wanted = names[name].delta_weight(dW.dtype)
         norm = wanted.norm().item()
         distance = (dW.reshape(wanted.shape) - wanted).norm().item()
         errors[names[name].name] = distance / norm if norm else distance
@@ -261,18 +278,33 @@ def _with_whole_attentions(adapter: Adapter, base: UNetNames) -> Adapter:
 
 
 def lycoris_loads(layer: KronaLayer) -> bool:
-    """Whether LyCORIS 4.1.3 loads the layer as LoKr: it derives the factors from one number for both sides.
+    """Whether LyCORIS 4.1.3 loads the layer as LoKr with two full factors.
 
-    That admits a left factor that is square, or whose sides are the near-square splits of out and in, and that is on
-    both sides the smaller factor.
+    Its loader derives both splits from one number, which it guesses from the factors, and takes the smaller part of
+    each side as w1. That admits square left factors, near-square splits, and some others by luck.
 
     >>> lycoris_loads(KronaLayer("unet", "x", torch.ones(1, 4, 4), torch.ones(1, 8, 80)))
     True
     """
     _, a_out, a_in = layer.A.shape
-    _, b_out, b_in = layer.B.shape[:3]
-    near_square = all(a == largest_divisor(a * b, int((a * b) ** 0.5)) for a, b in ((a_out, b_out), (a_in, b_in)))
-    return a_out <= b_out and a_in <= b_in and (a_out == a_in or near_square)
+    _, b_out, b_in, *kernel = layer.B.shape
+    n_out, n_in = layer.shape[:2]
+
+    def splits_right(number: int | None) -> bool:
+        return _lycoris_split(n_out, number) == a_out and _lycoris_split(n_in, number) == a_in
+
+    if splits_right(None):
+        return True
+    candidates = max(a_out, a_in), max(b_out, b_in, *kernel)
+    fitting = (c for c in candidates if c in (a_out, b_out) and c in (a_in, b_in))
+    return splits_right(next(fitting, min(candidates)))
+
+
+def _lycoris_split(size: int, number: int | None) -> int:
+    """The smaller part of LyCORIS' split of a side: by `number` if that divides it, else the nearest to a square."""
+    if number is not None and size % number == 0:
+        return min(number, size // number)
+    return largest_divisor(size, min(number or size, isqrt(size)))
 
 
 def _notes(adapter: Adapter, to: str) -> tuple[str, ...]:

@@ -62,6 +62,20 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
     return tensors, metadata
 
 
+def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The floating-point tensors of a model's safetensors file; others (position ids) are left out.
+
+    Raises:
+        FormatError: if it is no safetensors file, or a damaged one.
+    """
+    floats = {key for key, (dtype, _) in read_header(path).items() if dtype in _DTYPE_BYTES}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys() if key in floats}
+    except SafetensorError as error:
+        raise FormatError(f"{path}: not a valid safetensors file: {error}.") from error
+
+
 def read_header(path: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{key: (dtype name, shape)} of a safetensors file of any dtypes, without reading its data.
 

@@ -73,9 +73,11 @@ def to_loha(adapter: Adapter, base: UNetNames, dtype: torch.dtype = torch.float1
     return tensors
 
 
-def loha_deltas(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(layer name, dW (out, in * prod(kernel)) in float64) for each layer, straight from the file's definition."""
+def loha_deltas(
+    tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float64
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(layer name, dW (out, in * prod(kernel)) in `dtype`) for each layer, straight from the file's definition."""
     for name, parts in group_by_layer(tensors, _FACTORS, ("alpha",)).items():
-        w1_a, w1_b, w2_a, w2_b = (parts[ending].double() for ending in _FACTORS)
+        w1_a, w1_b, w2_a, w2_b = (parts[ending].to(dtype) for ending in _FACTORS)
         rank = w1_b.shape[0]
         yield name, (w1_a @ w1_b) * (w2_a @ w2_b) * (scalar_alpha(name, parts.get("alpha"), rank) / rank)

@@ -225,9 +225,11 @@ def _refusal(layer: KronaLayer) -> str:
     )
 
 
-def lokr_deltas(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(layer name, dW in float64) for each layer, straight from the file's definition."""
+def lokr_deltas(
+    tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float64
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(layer name, dW in `dtype`) for each layer, straight from the file's definition."""
     for name, parts in group_by_layer(tensors, (), _ENDINGS).items():
-        w1, w2, scale = _sides(name, {key: tensor.double() for key, tensor in parts.items()})
+        w1, w2, scale = _sides(name, {key: tensor.to(dtype) for key, tensor in parts.items()})
         w1 = w1.reshape(*w1.shape, *[1] * (w2.dim() - 2))
         yield name, torch.kron(w1.contiguous(), w2.contiguous()) * scale

@@ -224,10 +224,12 @@ def _in_layer_shape(layer: KronaLayer, up: torch.Tensor, down: torch.Tensor) -> 
     return up.reshape(-1, rank, *[1] * len(kernel)), down.reshape(rank, n_in, *kernel)
 
 
-def lora_deltas(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(layer name, dW (out, in, *kernel) in float64) for each layer, straight from the file's definition."""
+def lora_deltas(
+    tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float64
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(layer name, dW (out, in, *kernel) in `dtype`) for each layer, straight from the file's definition."""
     for stem, down, up, alpha in _pairs(tensors):
         rank = down.shape[0]
         scale = scalar_alpha(stem, alpha, rank) / rank
-        dW = up.double().reshape(up.shape[0], rank) @ down.double().reshape(rank, -1) * scale
+        dW = up.to(dtype).reshape(up.shape[0], rank) @ down.to(dtype).reshape(rank, -1) * scale
         yield stem, dW.reshape(up.shape[0], *down.shape[1:])

@@ -46,6 +46,11 @@ def to_module_name(component: str, module: str, known: Collection[str] | None = 
     return match[2] if _CLIP_DROPS_TEXT_MODEL and component == "text_encoder" else f"text_model.{match[2]}"
 
 
+def is_embedding(module: str) -> bool:
+    """Whether a layer's name is that of a text encoder's embedding table, which no exchange format holds."""
+    return module.endswith(("token_embedding", "position_embedding", "embed_tokens"))
+
+
 # -- kohya's names: one flat word -------------------------------------------------------------------------------------
 
 # Prefix -> component. The longer ones are tried first. `lora_te1_` also occurs in files for SD 1.x.

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merge an adapter into the weights of a whole pipeline, folder to folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import FormatError
+from .adapter import Adapter, shapes_of_models
+from .files import new_folder, read_header
+from .names import to_module_name
+
+_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def merge_into_models(models: dict[str, nn.Module], adapter: Adapter) -> None:
+    """Add every dW to the weights of `models` ({component: model}), in float32 at least, rounded once.
+
+    Raises:
+        FormatError: names the layer that a model lacks, or whose size differs; no weight is changed then.
+    """
+    models = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
+    for layer in adapter.fitted(shapes_of_models(models)):
+        model = models[layer.component]
+        known = {name for name, _ in model.named_modules()}
+        module = model.get_submodule(to_module_name(layer.component, layer.module, known))
+        weight = module.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dW = layer.delta_weight(dtype).to(weight.device)
+        with torch.no_grad():
+            weight.copy_(weight.to(dtype) + (dW.T if isinstance(module, nn.Embedding) else dW))
+
+
+def merge_pipeline(
+    folder: str | os.PathLike, adapter: Adapter, out: str | os.PathLike, dtype: torch.dtype | None = None
+) -> Path:
+    """Write a copy of a diffusers pipeline with the adapter merged in. The copy needs nothing of this package.
+
+    Args:
+        folder: a pipeline's folder. adapter: to merge, scale included. out: a new folder. dtype: of the copy's weights;
+            None keeps what is stored.
+
+    Raises:
+        FormatError: if `folder` is no pipeline, the adapter does not fit it, or `out` exists. Nothing is left then.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise FormatError(f"{folder}: expected the folder of a diffusers pipeline, with model_index.json.")
+    with new_folder(out) as new:
+        pipe = DiffusionPipeline.from_pretrained(
+            folder, torch_dtype=dtype or _stored_dtype(folder, adapter.components[0]), local_files_only=True
+        )
+        merge_into_models(pipe.components, adapter)
+        pipe.save_pretrained(new)
+    return Path(out)
+
+
+def _stored_dtype(folder: Path, component: str) -> torch.dtype:
+    """The dtype of a component's first safetensors weight; float32 if there is none."""
+    for path in sorted((folder / component).glob("*.safetensors")):
+        for dtype, _ in read_header(path).values():
+            if dtype in _STORED:
+                return _STORED[dtype]
+    return torch.float32
