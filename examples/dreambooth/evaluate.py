@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 
@@ -49,20 +49,15 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **kwargs: Any) 
 
 @contextlib.contextmanager
 def for_sampling(pipe: Any) -> Iterator[Any]:
-    """Evaluation mode, a quick sampler and no progress bar; undone on exit."""
+    """Evaluation mode and no progress bar; the modes are put back on exit."""
     modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
-    training, scheduler = [m.training for m in modules], pipe.scheduler
-    config = dict(scheduler.config)
-    if config.get("variance_type") in ("learned", "learned_range"):
-        config["variance_type"] = "fixed_small"
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(config)
+    training = [m.training for m in modules]
     pipe.set_progress_bar_config(disable=True)
     for module in modules:
         module.eval()
     try:
         yield pipe
     finally:
-        pipe.scheduler = scheduler
         for module, was in zip(modules, training, strict=True):
             module.train(was)
 
@@ -121,16 +116,14 @@ def save_images(images: list[Image.Image], folder: Path, columns: int) -> Path:
     return grid
 
 
-def labelled_rows(rows: list[tuple[str, list[Image.Image]]], side: int = 128, label: int = 150) -> Image.Image:
+def labelled_rows(rows: list[tuple[str, list[Image.Image]]], side: int = 96, label: int = 150) -> Image.Image:
     """Rows of pictures with a text before each; pictures are enlarged without smoothing."""
     columns = max(len(images) for _, images in rows)
-    cells = []
+    lines = []
     for text, images in rows:
-        cell = Image.new("RGB", (label, side), "white")
-        ImageDraw.Draw(cell).multiline_text((6, side // 3), text, fill="black")
         line = Image.new("RGB", (label + columns * side, side), "white")
-        line.paste(cell, (0, 0))
+        ImageDraw.Draw(line).multiline_text((6, side // 3), text, fill="black")
         for i, image in enumerate(images):
-            line.paste(image.resize((side, side), Image.Resampling.NEAREST), (label + i * side, 0))
-        cells.append(line)
-    return make_image_grid(cells, rows=len(cells), cols=1)
+            line.paste(image.resize((side - 2, side - 2), Image.Resampling.NEAREST), (label + i * side, 1))
+        lines.append(line)
+    return make_image_grid(lines, rows=len(lines), cols=1)

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The helpers of examples/dreambooth_kron.py one by one, and the presets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import diffusers
+import dreambooth_pipelines as tiny
+from PIL import Image
+
+from examples.dreambooth import TrainingError, adapters, checkpoint, data, demo, objective, optim
+from examples.dreambooth.arguments import build_parser, parse_args
+from examples.dreambooth.prompts import Denoiser, tokenize
+
+EXAMPLES = Path(data.__file__).resolve().parents[1]
+BASIC = ["--pretrained_model_name_or_path", "p", "--instance_data_dir", "d", "--instance_prompt", "a sks dog"]
+
+
+# -- arguments and presets -------------------------------------------------------------------------------------------
+
+# of diffusers 0.42's train_dreambooth_lora_sdxl.py; not offered: --do_edm_style_training (Playground v2.5)
+DIFFUSERS_FLAGS = """adam_beta1 adam_beta2 adam_epsilon adam_weight_decay adam_weight_decay_text_encoder allow_tf32
+cache_dir caption_column center_crop checkpointing_steps checkpoints_total_limit class_data_dir class_prompt
+dataloader_num_workers dataset_config_name dataset_name enable_xformers_memory_efficient_attention
+gradient_accumulation_steps gradient_checkpointing hub_model_id hub_token image_column image_interpolation_mode
+instance_data_dir instance_prompt learning_rate local_rank logging_dir lora_dropout lr_num_cycles lr_power lr_scheduler
+lr_warmup_steps max_grad_norm max_train_steps mixed_precision num_class_images num_train_epochs num_validation_images
+optimizer output_dir output_kohya_format pretrained_model_name_or_path pretrained_vae_model_name_or_path
+prior_generation_precision prior_loss_weight prodigy_beta3 prodigy_decouple prodigy_safeguard_warmup
+prodigy_use_bias_correction push_to_hub random_flip rank repeats report_to resolution resume_from_checkpoint revision
+sample_batch_size scale_lr seed snr_gamma text_encoder_lr train_batch_size train_text_encoder use_8bit_adam use_dora
+validation_epochs validation_prompt variant with_prior_preservation""".split()
+
+
+def test_diffusers_flags_keep_their_names():
+    known = {option for action in build_parser()._actions for option in action.option_strings}
+    assert [f for f in DIFFUSERS_FLAGS if f"--{f}" not in known] == []
+
+
+@pytest.mark.parametrize("preset", ["released", "paper"])
+@pytest.mark.parametrize(
+    ("script", "released_steps", "model"),
+    [
+        ("sd.sh", 500, "stabilityai/stable-diffusion-2-1-base"),
+        ("sdxl.sh", 1000, "stabilityai/stable-diffusion-xl-base-1.0"),
+    ],
+)
+def test_presets(tmp_path, script, preset, released_steps, model):
+    """Runs the script with an `accelerate` that writes down what it was asked to launch, and parses that."""
+    fake = tmp_path / "accelerate"
+    fake.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/called\n')
+    fake.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", EXAMPLES / "configs" / script, preset, "my dog", "a photo of sks dog", "--seed", "7"]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    called = (tmp_path / "called").read_text().splitlines()
+    at = next(i for i, word in enumerate(called) if word.endswith("dreambooth_kron.py"))
+    assert called[0] == "launch" and Path(called[at]).is_file()
+    args = parse_args(called[at + 1 :])
+    expected = {
+        "released": ((64, 8), 1e-3, released_steps, "diffusekrona"),
+        "paper": ((64, 4), 5e-4, 1000, "kron"),
+    }[preset]
+    assert ((args.krona_a_out, args.krona_a_in), args.learning_rate, args.max_train_steps, args.layout) == expected
+    assert (args.train_batch_size, args.gradient_accumulation_steps, args.adam_weight_decay) == (1, 4, 1e-2)
+    assert args.use_8bit_adam and args.mixed_precision == "fp16" and args.lr_scheduler == "constant"
+    assert (args.instance_data_dir, args.instance_prompt, args.seed) == ("my dog", "a photo of sks dog", 7)
+    assert args.pretrained_model_name_or_path == model
+    assert not args.train_text_encoder and not args.with_prior_preservation
+
+
+@pytest.mark.parametrize("name", ["multi_gpu", "deepspeed_zero2", "fsdp"])
+def test_accelerate_configs_load(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(EXAMPLES / "configs" / f"{name}.yaml"))
+    assert config.num_processes == 2 and config.mixed_precision == "bf16"
+
+
+def test_factors_per_projection():
+    args = parse_args([*BASIC, "--krona_unet_q_a_out", "32", "--krona_unet_o_a_in", "8"])
+    config = adapters.adapter_config(args, "unet")
+    assert (config.a_out, config.a_in) == (64, 4)
+    assert config.factor_pattern == {"to_q": (32, 4), r"to_out\.0": (64, 8)}
+    assert adapters.adapter_config(args, "text_encoder").factor_pattern == {}
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(64, 64), layers_per_block=1, cross_attention_dim=64, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    unet.add_adapter(config)
+
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    assert attention.to_q.factors("default") == (32, 4) and attention.to_k.factors("default") == (64, 4)
+    assert attention.to_out[0].factors("default") == (64, 8)
+
+
+def test_learning_rates_of_the_groups():
+    args = parse_args([*BASIC, "--learning_rate", "1e-3", "--learning_rate_b", "4e-3", "--text_encoder_lr", "1e-4"])
+    model = torch.nn.Module()
+    model.krona_A, model.krona_B = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    groups = optim.parameter_groups({"unet": model, "text_encoder": model}, args)
+    assert {g["name"]: pytest.approx(g["lr"]) for g in groups} == {
+        "unet.a": 1e-3, "unet.b": 4e-3, "text_encoder.a": 1e-4, "text_encoder.b": 4e-4,
+    }  # fmt: skip
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_seeds_layout_and_generated_folders(tmp_path):
+    tiny.images(tmp_path / "dog" / "input")
+    tiny.images(tmp_path / "dog" / "generated", 9)
+    assert [Path(p.name).parent.name for p in data.read_folder(tmp_path / "dog", "x")] == ["input"] * 3
+    with pytest.raises(TrainingError, match="Its folders dog have some: choose one of them"):
+        data.read_folder(tmp_path, "x")
+    one = data.read_folder(tmp_path / "dog" / "input" / "1.png", "x")
+    assert [p.caption for p in one] == ["x"]
+
+
+def test_captions(tmp_path):
+    tiny.images(tmp_path)
+    (tmp_path / "1.txt").write_text("from a sidecar\n")
+    (tmp_path / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "2.png", "text": "from metadata", "note": "other"})
+    )
+    assert [p.caption for p in data.read_folder(tmp_path, "default")] == ["default", "from a sidecar", "from metadata"]
+    assert data.read_folder(tmp_path, "default", "note")[2].caption == "other"
+    with pytest.raises(TrainingError, match=r"0\.png has no caption"):
+        data.read_folder(tmp_path, None)
+    with pytest.raises(TrainingError, match=r"metadata\.jsonl, line 1: .*'nope'"):
+        data.read_folder(tmp_path, "default", "nope")
+
+
+def test_a_datasets_folder(tmp_path):
+    pytest.importorskip("datasets")
+    tiny.images(tmp_path / "d" / "train", 2)
+    (tmp_path / "d" / "train" / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": f"{i}.png", "words": f"number {i}"}) for i in range(2))
+    )
+    arguments = {
+        "dataset_name": str(tmp_path / "d"), "dataset_config_name": None, "dataset_split": "train",
+        "cache_dir": str(tmp_path / "cache"), "image_column": "image", "caption_column": "words",
+        "instance_prompt": None,
+    }  # fmt: skip
+    found = data.read_dataset(SimpleNamespace(**arguments))
+    assert [(p.caption, p.size, p.load().mode) for p in found] == [(f"number {i}", (40, 40), "RGB") for i in range(2)]
+    with pytest.raises(TrainingError, match="--caption_column 'nope': the dataset's columns are image, words"):
+        data.read_dataset(SimpleNamespace(**arguments | {"caption_column": "nope"}))
+
+
+def test_transparent_becomes_white_and_exif_is_obeyed(tmp_path):
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    assert data.open_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (4, 2)).save(tmp_path / "b.jpg", exif=exif)
+    assert data.open_image(tmp_path / "b.jpg").size == (2, 4)
+
+
+def test_crops_have_the_coordinates_of_the_pixels():
+    y, x = np.mgrid[0:40, 0:60].astype(np.uint8)
+    image = Image.fromarray(np.stack([y, x, 0 * x], -1))
+    pixels, (top, left) = data.fit(image, (40, 40), (0.3, 0.7), False, "bilinear")
+    assert (top, left) == (0, 14) and pixels.shape == (3, 40, 40)
+    assert round(float((pixels[1, 0, 0] + 1) * 127.5)) == left
+    flipped, (_, left) = data.fit(image, (40, 40), (0.3, 0.7), True, "bilinear")
+    assert round(float((flipped[1, 0, 0] + 1) * 127.5)) == 59 - left
+    assert data.fit(image, (40, 40), None, False, "bilinear")[1] == (0, 10)
+    assert data.fit(Image.new("RGB", (10, 10)), (40, 24), None, False, "box")[0].shape == (3, 40, 24)
+
+
+def make_dataset(tmp_path, **changes):
+    tiny.images(tmp_path / "wide", 3, (64, 32))
+    tiny.images(tmp_path / "tall", 2, (32, 64))
+    pictures = data.read_folder(tmp_path / "wide", "w") + data.read_folder(tmp_path / "tall", "t")
+    settings = {"seed": 0, "center_crop": False, "random_flip": True, "caption_dropout": 0.0,
+                "image_interpolation_mode": "box"} | changes  # fmt: skip
+    buckets = data.choose_buckets("32,64;64,32;32,32", 32, 8)
+    return data.DreamBoothDataset(pictures, buckets, SimpleNamespace(**settings))
+
+
+def test_batches_have_one_shape_and_cover_the_epoch(tmp_path):
+    dataset = make_dataset(tmp_path)
+    assert [p.bucket for p in dataset.pictures] == [0, 0, 0, 1, 1]
+    batches = data.Batches(dataset, 2, 0, 1, repeats=1, seed=0)
+    assert batches.per_epoch == 3
+    batches.stop = 6
+    seen = [[index for index, _ in batch] for batch in batches]
+    assert all(len({dataset.pictures[i].bucket for i in batch}) == 1 for batch in seen)
+    assert {i for batch in seen[:3] for i in batch} == {i for batch in seen[3:] for i in batch} == set(range(5))
+    assert data.collate([dataset[key] for key in next(iter(batches))])["pixels"].shape[0] == 2
+    assert data.Batches(dataset, 2, 0, 1, repeats=3, seed=0).per_epoch == 5 + 3
+
+
+def test_processes_share_what_one_process_sees(tmp_path):
+    dataset = make_dataset(tmp_path)
+
+    def keys(batch_size, process, processes, start=0):
+        batches = data.Batches(dataset, batch_size, process, processes, 1, seed=4)
+        batches.start, batches.stop = start, 9
+        return list(batches)
+
+    whole = keys(4, 0, 1)
+    assert [a + b for a, b in zip(keys(2, 0, 2), keys(2, 1, 2), strict=True)] == whole
+    assert keys(4, 0, 1, start=5) == whole[5:]
+    assert len({number for batch in whole for _, number in batch}) == 9 * 4
+
+
+def test_samples_depend_on_their_number_only(tmp_path):
+    dataset = make_dataset(tmp_path)
+    one, again, other = dataset[0, 5]["instance"], dataset[0, 5]["instance"], dataset[0, 6]["instance"]
+    assert torch.equal(one["pixels"], again["pixels"]) and not torch.equal(one["pixels"], other["pixels"])
+
+
+# -- objective -------------------------------------------------------------------------------------------------------
+
+
+def scheduler(kind):
+    return diffusers.DDPMScheduler(prediction_type=kind, beta_schedule="scaled_linear")
+
+
+def test_min_snr_weights():
+    """A perfect v-prediction that is off by e in noise space must weigh the same as epsilon off by e, per min-SNR."""
+    t = torch.tensor([10, 500, 990])
+    alpha = scheduler("epsilon").alphas_cumprod[t]
+    snr = alpha / (1 - alpha)
+    off, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    for i in range(3):
+        epsilon = objective.loss_of(off, zero, scheduler("epsilon"), t[i : i + 1], 5.0)
+        velocity = objective.loss_of(off, zero, scheduler("v_prediction"), t[i : i + 1], 5.0)
+        torch.testing.assert_close(epsilon, snr[i].clamp(max=5) / snr[i])
+        torch.testing.assert_close(velocity, snr[i].clamp(max=5) / (snr[i] + 1))
+    assert objective.loss_of(off, zero, scheduler("epsilon"), t[:1], None) == 1
+
+
+def test_min_snr_without_signal():
+    """Zero terminal SNR: the weight stays finite."""
+    none = diffusers.DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    loss = objective.loss_of(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), none, torch.tensor([999]), 5.0)
+    assert torch.isfinite(loss)
+
+
+def test_targets():
+    x, noise, t = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), torch.tensor([3, 700])
+    assert objective.target_of(scheduler("epsilon"), x, noise, t) is noise
+    a = scheduler("v_prediction").alphas_cumprod[t].view(-1, 1, 1, 1)
+    expected = a.sqrt() * noise - (1 - a).sqrt() * x
+    torch.testing.assert_close(objective.target_of(scheduler("v_prediction"), x, noise, t), expected)
+    with pytest.raises(TrainingError, match="'sample'; this script trains epsilon and v_prediction"):
+        objective.target_of(scheduler("sample"), x, noise, t)
+
+
+def test_noise_offset_shifts_whole_channels():
+    batch = {"noise_key": [(n, data.NOISE) for n in range(64)]}
+    draw = lambda offset: objective.draw(batch, torch.Size([4, 8, 8]), 0, 1000, offset, torch.device("cpu"))  # noqa: E731
+    _, plain, steps = draw(0.0)
+    _, shifted, same = draw(2.0)
+    assert torch.equal(steps, same)
+    shift = shifted - plain
+    assert shift.std(dim=(2, 3)).max() < 1e-5 and 1.5 < shift[:, :, 0, 0].std() < 2.5
+    assert abs(plain.mean()) < 0.05 and 0.95 < plain.std() < 1.05
+
+
+def test_latents_with_mean_and_std():
+    vae = SimpleNamespace(config=diffusers.AutoencoderKL(latents_mean=[1.0] * 4, latents_std=[2.0] * 4).config)
+    scaled = objective.scale_latents(vae, torch.full((1, 4, 2, 2), 3.0))
+    torch.testing.assert_close(scaled, torch.full((1, 4, 2, 2), vae.config.scaling_factor))
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_prompts_are_encoded_as_the_pipeline_does(tmp_path, kind):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tiny.build(tmp_path, kind))
+    prompts = ["a dog", ""]
+    encoded = Denoiser(pipe).encode(tokenize(pipe, prompts), torch.tensor([False, True]))
+    for i, prompt in enumerate(prompts):
+        if kind == "sd":
+            expected, pooled = pipe.encode_prompt(prompt, "cpu", 1, False)[0], None
+        elif prompt:
+            expected, _, pooled, _ = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
+        else:  # what guidance uses where no negative prompt is given
+            _, expected, _, pooled = pipe.encode_prompt("x", device="cpu", do_classifier_free_guidance=True)
+        torch.testing.assert_close(encoded["hidden"][i : i + 1], expected)
+        if pooled is not None:
+            torch.testing.assert_close(encoded["pooled"][i : i + 1], pooled)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_a_kill_while_replacing_a_folder_loses_nothing(tmp_path):
+    """Between the two renames the old folder waits under another name; cleaning puts it back."""
+    (tmp_path / ".tmp-old-unet").mkdir()
+    (tmp_path / ".tmp-old-unet" / "file").write_text("old")
+    (tmp_path / ".tmp-checkpoint-3").mkdir()
+    (tmp_path / ".tmp-delete-checkpoint-1").mkdir()
+    checkpoint.clean(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["unet"] and (tmp_path / "unet" / "file").read_text() == "old"
+
+
+# -- demo ------------------------------------------------------------------------------------------------------------
+
+
+def test_demo_settings_parse_and_can_be_overridden():
+    args = parse_args(["--demo", "robot", "--learning_rate", "2e-3"], demo.settings)
+    assert args.instance_data_dir.endswith("subjects/robot") and args.learning_rate == 2e-3 and args.cache_latents
+    with pytest.raises(TrainingError, match="--demo nobody: expected one of the shipped subjects, dog,"):
+        parse_args(["--demo", "nobody"], demo.settings)
+
+
+def test_demo_backgrounds_are_new():
+    for name, subject in demo.subjects().items():
+        prompts = demo.prompts_of(name, "a sks thing")
+        assert len(prompts) == 7 and not set(prompts) & set(subject["colours"])
