@@ -12,6 +12,7 @@ top to bottom: models, data, adapter, optimizer, loop, results. The helpers lie 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -93,6 +94,8 @@ def main(args: Any) -> dict[str, Any]:
 
     # -- models --------------------------------------------------------------------------------------------------------
     weight_dtype = adapters.dtype_of(accelerator.mixed_precision)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        weight_dtype = torch.float32  # FSDP keeps one dtype a module and casts by itself
     source = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     pipe = evaluate.load_pipeline(args.pretrained_model_name_or_path, **source)
     if args.pretrained_vae_model_name_or_path:
@@ -398,6 +401,11 @@ def run(argv: list[str]) -> int:
         return 0
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error}: free some disk space. What was saved before is whole.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted. Checkpoints and adapters saved before are whole.", file=sys.stderr)
