@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,13 @@ from .errors import MergeError
 from .factors import choose_factors
 from .ops import kron_delta_weight, kron_linear, linear_kron_linear
 from .snapshot import BaseWeightSnapshot, subtract_with_warning
+
+
+class FactorDict(nn.ParameterDict):
+    """Factors by adapter name. To `Module.to(memory_format=...)` they look like matrices, not like images."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FactorDict:
+        return super()._apply(lambda t: fn(t.flatten(1)).view(t.shape), recurse)
 
 
 class KronALayer(nn.Module, BaseTunerLayer):
@@ -43,8 +50,8 @@ class KronALayer(nn.Module, BaseTunerLayer):
         """`kwargs`: what `update_layer` takes, plus PEFT's quantization arguments."""
         super().__init__()
         self.base_layer = base_layer
-        self.krona_A = nn.ParameterDict({})
-        self.krona_B = nn.ParameterDict({})
+        self.krona_A = FactorDict({})
+        self.krona_B = FactorDict({})
         self.krona_dropout = nn.ModuleDict({})
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
@@ -62,6 +69,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = self._features(base)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config=config, **kwargs)
+        self.train(base_layer.training)  # no dropout in a model that is in eval mode
 
     # -- what the layer types define ----------------------------------------------------------------------------
 
@@ -103,7 +111,8 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = self.base_scaling[adapter_name]
         self.layout[adapter_name] = config.layout
         self.module_dropout[adapter_name] = config.module_dropout
-        self.krona_dropout[adapter_name] = nn.Dropout(config.krona_dropout) if config.krona_dropout else nn.Identity()
+        dropout = nn.Dropout(config.krona_dropout) if config.krona_dropout else nn.Identity()
+        self.krona_dropout[adapter_name] = dropout.train(self.training)
         self.krona_A[adapter_name] = nn.Parameter(torch.empty(r, a_out, a_in))
         self.krona_B[adapter_name] = nn.Parameter(torch.empty(r, n_out // a_out, n_in // a_in, *self._kernel()))
         self.reset_parameters(adapter_name, config.init_weights)

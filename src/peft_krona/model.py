@@ -164,8 +164,9 @@ class KronAModel(BaseTuner):
         num_beams = kwargs.get("num_beams", None)
         beams = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
         repeated = [name for name in adapter_names for _ in range(beams)]
-        encoder = getattr(self.model, "get_encoder", lambda: None)() if beams > 1 else None
-        in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) else set()
+        # get_encoder of a model without an encoder returns the model itself
+        is_encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        in_encoder = set(self.model.get_encoder().modules()) if beams > 1 and is_encoder_decoder else set()
         handles = []
         for module in self.modules():
             if isinstance(module, (KronALayer, AuxiliaryTrainingWrapper)):
