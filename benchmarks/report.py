@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables (Markdown, to standard output) and a plot from result files.
 
-    python -m benchmarks.report benchmarks/results/*.json [--plot docs/performance.png]
+python -m benchmarks.report benchmarks/results/*.json [--plot docs/performance.png]
 """
 
 from __future__ import annotations

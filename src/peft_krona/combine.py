@@ -6,19 +6,16 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from math import isfinite
-from typing import TYPE_CHECKING
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 
 from .errors import ConfigError, FactorError
 from .layer import KronALayer
 
-if TYPE_CHECKING:
-    from .model import KronAModel
-
 
 def combine_adapters(
-    model: KronAModel, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+    model: BaseTuner, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
 ) -> None:
     """See `KronAModel.add_weighted_adapter`."""
     _check_arguments(model, adapters, weights, adapter_name, combination_type)
@@ -66,7 +63,7 @@ def _exactly(name: str) -> str:
 
 
 def _check_arguments(
-    model: KronAModel, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+    model: BaseTuner, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
 ) -> None:
     if combination_type != "linear":
         raise ConfigError(

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-
-if TYPE_CHECKING:
-    from .layer import KronALayer
 
 _INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -25,7 +22,7 @@ _INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class BaseWeightSnapshot:
     """The base weight of one layer as it was before the first merge."""
 
-    def __init__(self, layer: KronALayer) -> None:
+    def __init__(self, layer: BaseTunerLayer) -> None:
         self._base_layer = layer.get_base_layer()
         self._quantized = layer.quantization_backend is not None
         self._weight = self._base_layer._parameters.get("weight") if self._quantized else self._base_layer.weight.data
@@ -34,7 +31,7 @@ class BaseWeightSnapshot:
         self._owner = _owner_of(layer, self._base_layer)
         self._merged_bits: int | None = None
 
-    def original(self, layer: KronALayer) -> torch.Tensor:
+    def original(self, layer: BaseTunerLayer) -> torch.Tensor:
         """The weight before the merge, as a plain float tensor; do not modify it."""
         if not self._quantized:
             return self._weight
