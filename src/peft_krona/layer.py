@@ -188,11 +188,10 @@ class KronALayer(nn.Module, BaseTunerLayer):
                 "Use the adapter unmerged, or load the base model unquantized and merge into that."
             )
         if check_finite:
-            for name in adapter_names or self.active_adapters:
-                if (
-                    name in self.krona_A
-                    and not torch.isfinite(self._merged_weight(self.get_base_weight(), [name])).all()
-                ):
+            wanted = self.active_adapters if adapter_names is None else adapter_names
+            names = [name for name in wanted if name in self.krona_A and name not in self.merged_adapters]
+            for count, name in enumerate(names, start=1):
+                if not torch.isfinite(self._merged_weight(self.get_base_weight(), names[:count])).all():
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
