@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapters that are compared, each as a function (frozen nn.Linear, a_out, a_in) -> adapted module.
 
-Every provider's adapter is random and non-zero. `delta_weight` says what it should compute, so that the runner can check
-a provider's numerics before it reports its speed.
+Every provider's adapter is random and non-zero. `delta_weight` says what it should compute, so that the runner can
+check a provider's numerics before it reports its speed.
 """
 
 from __future__ import annotations

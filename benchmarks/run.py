@@ -148,9 +148,10 @@ def unet_suite(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "over_frozen": median_ratio(mine, times["frozen"]),
                     "over_lora": median_ratio(mine, times["PEFT LoRA r=4"]),
                 }
+                training = row["training"]
                 print(
-                    f"{unet_name:6} {row['provider']:16} {row['training']['p50']:8.3f} s  x{row['training']['over_frozen']:.3f}"
-                    f" frozen  x{row['training']['over_lora']:.3f} LoRA  peak {row['peak_bytes'] / 2**20:8.0f} MiB"
+                    f"{unet_name:6} {row['provider']:16} {training['p50']:8.3f} s  x{training['over_frozen']:.3f} frozen  "
+                    f"x{training['over_lora']:.3f} LoRA  peak {row['peak_bytes'] / 2**20:8.0f} MiB"
                 )
     return rows
 
@@ -185,11 +186,11 @@ def _print_layer(label: str, rows: list[dict[str, Any]]) -> None:
         if "wrong" in row:
             print(f"  {row['provider']:22} WRONG: {row['wrong']}")
             continue
-        print(
-            f"  {row['provider']:22} forward {row['forward']['p50'] * 1e3:8.2f} ms  +{row['forward']['added'] * 1e3:7.2f}"
-            f"   training {row['training']['p50'] * 1e3:8.2f} ms  +{row['training']['added'] * 1e3:7.2f}"
-            f"   peak {row['peak_bytes'] / 2**20:7.1f} MiB"
+        times = (
+            f"{kind} {row[kind]['p50'] * 1e3:8.2f} ms  +{row[kind]['added'] * 1e3:7.2f}"
+            for kind in ("forward", "training")
         )
+        print(f"  {row['provider']:22} {'   '.join(times)}   peak {row['peak_bytes'] / 2**20:7.1f} MiB")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,12 +24,13 @@ def combine_adapters(
         name: [(a, w) for a, w in zip(adapters, weights, strict=True) if a in m.krona_A] for name, m in layers.items()
     }
     parts = {name: present for name, present in parts.items() if present}
+    _check_same_layout({a: model.peft_config[a].layout for a in adapters})
     for name, present in parts.items():
         _check_same_factors(name, layers[name], [a for a, _ in present])
 
     config = replace(
         model.peft_config[adapters[0]],
-        target_modules=sorted(parts),
+        target_modules="|".join(re.escape(name) for name in sorted(parts)),  # a regex has to match a whole name
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -37,7 +38,7 @@ def combine_adapters(
         r=1,
         alpha=1.0,
         scaling="alpha",
-        layout=layers[next(iter(parts))].layout[parts[next(iter(parts))][0][0]],
+        layout=model.peft_config[adapters[0]].layout,
         bias="none",
         strict_factors=True,
         rank_pattern={_exactly(name): sum(layers[name].r[a] for a, _ in present) for name, present in parts.items()},
@@ -82,10 +83,18 @@ def _check_arguments(
         raise ConfigError(f"Each adapter may be named once, got {adapters}.")
 
 
-def _check_same_factors(name: str, layer: KronALayer, adapters: list[str]) -> None:
-    kinds = {a: (*layer.factors(a), layer.layout[a]) for a in adapters}
-    if len(set(kinds.values())) > 1:
+def _check_same_layout(layouts: dict[str, str]) -> None:
+    if len(set(layouts.values())) > 1:
         raise FactorError(
-            f"Cannot combine adapters on '{name}': their (a_out, a_in, layout) differ, {kinds}. A sum of Kronecker "
-            "products of different shapes is no Kronecker sum; use set_adapter with several adapters instead, or merge."
+            f"Cannot combine adapters of different layouts, {layouts}: one adapter has one layout. "
+            "Use set_adapter with several adapters instead, or merge."
+        )
+
+
+def _check_same_factors(name: str, layer: KronALayer, adapters: list[str]) -> None:
+    factors = {a: layer.factors(a) for a in adapters}
+    if len(set(factors.values())) > 1:
+        raise FactorError(
+            f"Cannot combine adapters on '{name}': their (a_out, a_in) differ, {factors}. A sum of Kronecker products "
+            "of different shapes is no Kronecker sum; use set_adapter with several adapters instead, or merge."
         )
