@@ -150,7 +150,7 @@ def unet_suite(args: argparse.Namespace) -> list[dict[str, Any]]:
                 }
                 training = row["training"]
                 print(
-                    f"{unet_name} {row['provider']:16} {training['p50']:8.3f} s  x{training['over_frozen']:.3f} frozen  "
+                    f"{unet_name} {row['provider']:16} {training['p50']:.3f} s  x{training['over_frozen']:.3f} frozen  "
                     f"x{training['over_lora']:.3f} LoRA  peak {row['peak_bytes'] / 2**20:8.0f} MiB"
                 )
     return rows
