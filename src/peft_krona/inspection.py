@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import exp
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -198,6 +199,12 @@ def row_of(layer: KronaLayer) -> str:
     return module.split(".")[0]
 
 
+def _label(layer: KronaLayer) -> str:
+    """Short name of one layer: block, transformer block in it, kind."""
+    match = re.search(r"attentions\.\d+\.transformer_blocks\.(\d+)", layer.module)
+    return f"{row_of(layer)}{f' #{match[1]}' if match else ''} {column_of(layer.module)}"
+
+
 def plot(stats: Sequence[LayerStats], path: str | os.PathLike, title: str = "") -> None:
     """Draw the strongest layers' factors, the update's size by block and kind of layer, and the singular spectra.
 
@@ -243,7 +250,7 @@ def _draw_factors(figure, strongest: Sequence[LayerStats]) -> None:
             axis.set_xticks([])
             axis.set_yticks([])
         terms = "" if layer.r == 1 else f"  (term 1 of {layer.r})"
-        left.set_xlabel(f"{row_of(layer)} {column_of(layer.module)}{terms}", fontsize=9, loc="left")
+        left.set_xlabel(f"{_label(layer)}{terms}", fontsize=9, loc="left")
         right.set_xlabel(f"||dW|| = {entry.norm:.3g}", fontsize=9)
 
 
@@ -261,6 +268,11 @@ def _draw_overview(figure, axis, stats: Sequence[LayerStats], rows: Sequence[str
     axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=9)
     axis.set_yticks(range(len(rows)), rows, fontsize=8 if len(rows) < 40 else 6)
     axis.set_title("size of the update by block: " + ("||dW|| / ||W||" if relative else "||dW||"), fontsize=10)
+    if grid.numel() <= 200:
+        middle = grid.nan_to_num().max() / 2
+        for (i, j), value in np.ndenumerate(grid.numpy()):
+            if value == value:  # not NaN: this block has such layers
+                axis.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=7, color="wk"[int(value > middle)])
     figure.colorbar(image, ax=axis, shrink=0.8)
 
 
@@ -273,7 +285,7 @@ def _draw_spectra(axis, ranked: Sequence[LayerStats]) -> None:
     for entry in curves[6:]:
         axis.plot(*_curve(entry.spectrum), color="0.8", linewidth=0.6, zorder=1)
     for entry, colour in zip(curves[:6], colours, strict=False):
-        label = f"{row_of(entry.layer)} {column_of(entry.layer.module)}, eff. rank {entry.effective_rank:.0f}"
+        label = f"{_label(entry.layer)}, eff. rank {entry.effective_rank:.0f}"
         axis.plot(*_curve(entry.spectrum), color=colour, linewidth=1.6, label=label, zorder=2)
     axis.set_xscale("log")
     axis.set_yscale("log")

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from math import isfinite, prod
+from math import isfinite, lcm, prod
 from typing import Any
 
 import torch
@@ -93,6 +93,29 @@ class KronaLayer:
     def terms(self) -> list[KronaLayer]:
         """The layer's r terms as r layers with one term each."""
         return [replace(self, A=self.A[n : n + 1], B=self.B[n : n + 1]) for n in range(self.r)]
+
+    def with_kernel(self, kernel: tuple[int, ...]) -> KronaLayer:
+        """The layer of a convolution whose kernel was stored in B's columns: dW is reshaped to (out, in, *kernel).
+
+        The flattened input index is c * K + q for channel c and kernel position q, K = prod(kernel); the product splits
+        it as k * width + v. If K divides width, a term stays one term. Otherwise it takes n = lcm(width, K) / width
+        terms, of which term m holds the columns k = m (mod n) of A. Exact in both cases.
+
+        Raises:
+            ShapeError: if the layer has a kernel already, or its input is no multiple of this one.
+        """
+        K, (r, a_out, columns), (b_out, width) = prod(kernel), self.A.shape, self.B.shape[1:3]
+        n = lcm(width, K) // width
+        if self.kernel or columns % n:
+            raise ShapeError(
+                f"{self.name}: the shape {self.shape} cannot be reshaped to one with the kernel {kernel}, which a "
+                "layer of this name has."
+            )
+        A = self.A.reshape(r, a_out, columns // n, n).permute(0, 3, 1, 2).reshape(r * n, a_out, columns // n)
+        B = self.B.new_zeros(r, n, b_out, n, width)
+        for m in range(n):
+            B[:, m, :, m] = self.B
+        return replace(self, A=A, B=B.reshape(r * n, b_out, n * width // K, *kernel))
 
     def balanced(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B in float64 with the scale folded in and shared out so that the largest entries of both are equal.
@@ -247,8 +270,10 @@ def _fit(layer: KronaLayer, shapes: Mapping[str, Mapping[str, tuple[int, ...]]])
     wanted = tuple(shapes[layer.component][layer.module])
     if layer.shape == wanted:
         return layer
-    if layer.shape[:2] == wanted[:2] and all(k == 1 for k in layer.kernel + wanted[2:]):
-        return replace(layer, B=layer.B.reshape(*layer.B.shape[:3], *wanted[2:]))
+    if layer.shape == (wanted[0], prod(wanted[1:])):  # the kernel is in the columns
+        return layer.with_kernel(wanted[2:])
+    if layer.shape[:2] == wanted and prod(layer.kernel) == 1:  # a 1 x 1 convolution here is a Linear there
+        return replace(layer, B=layer.B.reshape(layer.B.shape[:3]))
     raise FormatError(
         f"{layer.name}: A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} make a weight of {layer.shape}, but the "
         f"base model's is {wanted}. Is the adapter for another model?"

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from math import lcm, prod
+from math import prod
 
 import torch
 
 from ..errors import FormatError
+from ..ops import kron_delta_weight
 from .adapter import Adapter, KronaLayer
 from .names import UNetNames, from_name, kernel_of, to_kohya_name
 from .pairs import group_by_layer
@@ -44,9 +45,8 @@ def from_lokr(
         w1, w2, scale = _sides(name, parts)
         if factor is not None:
             scale *= factor / w1.shape[1] ** 0.5
-        kernel = tuple(w2.shape[2:]) or kernel_of(component, module, base)
-        A, B = _terms(name, w1, w2, kernel)
-        layers.append(KronaLayer(component, module, A, B, scale))
+        layer = KronaLayer(component, module, w1[None], w2[None], scale)
+        layers.append(layer if layer.kernel else layer.with_kernel(kernel_of(component, module, base)))
     return Adapter(tuple(layers), source="lokr")
 
 
@@ -129,30 +129,6 @@ def scalar_alpha(name: str, alpha: torch.Tensor | None, rank: int) -> float:
     return float(alpha)
 
 
-def _terms(name: str, w1: torch.Tensor, w2: torch.Tensor, kernel: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, a_out, a_in) and B (r, b_out, b_in, *kernel) for a w2 that may hold the kernel in its columns.
-
-    The flattened input index is c * K + q for channel c and kernel position q, K = prod(kernel); kron splits it as
-    k * width + v. If K divides width, that is one term. Otherwise with b_in * K = lcm(width, K) and
-    n = b_in * K / width terms, term m holds the columns k = m (mod n) of w1.
-    """
-    if w2.dim() > 2 or not kernel:
-        return w1[None], w2[None]
-    K, (b_out, width), (a_out, columns) = prod(kernel), w2.shape, w1.shape
-    span = lcm(width, K)
-    terms = span // width
-    if columns % terms:
-        raise FormatError(
-            f"'{name}': w1 {tuple(w1.shape)} and w2 {tuple(w2.shape)} make an input of {columns * width}, which is no "
-            f"multiple of the kernel {kernel} that a layer of this name has."
-        )
-    A = w1.reshape(a_out, columns // terms, terms).permute(2, 0, 1)
-    B = torch.zeros(terms, b_out, span, dtype=w2.dtype)
-    for m in range(terms):
-        B[m, :, m * width : (m + 1) * width] = w2
-    return A.contiguous(), B.reshape(terms, b_out, span // K, *kernel)
-
-
 def _unfolded_scale(metadata: Mapping[str, str]) -> float | None:
     """alpha of sd-scripts' first KronA module with use_cdka_scale: the file lacks its scale alpha / sqrt(a_in)."""
     if not metadata.get("ss_network_module", "").endswith("krona"):
@@ -231,5 +207,4 @@ def lokr_deltas(
     """(layer name, dW in `dtype`) for each layer, straight from the file's definition."""
     for name, parts in group_by_layer(tensors, (), _ENDINGS).items():
         w1, w2, scale = _sides(name, {key: tensor.to(dtype) for key, tensor in parts.items()})
-        w1 = w1.reshape(*w1.shape, *[1] * (w2.dim() - 2))
-        yield name, torch.kron(w1.contiguous(), w2.contiguous()) * scale
+        yield name, kron_delta_weight(w1[None], w2[None], scale=scale)

@@ -9,6 +9,7 @@ In: a LoRA of rank r is KronA with r terms, a_in = 1 and b_out = 1.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from ..errors import FormatError
+from ..ops import kron_delta_weight
 from .adapter import Adapter, KronaLayer, balance
 from .diffusekrona import old_diffusers_name
 from .lokr import scalar_alpha
@@ -149,15 +151,11 @@ def lora_factors(layer: KronaLayer) -> tuple[torch.Tensor, torch.Tensor]:
     the two is dW itself and the other the identity.
     """
     out, n_in = layer.shape[0], prod(layer.shape[1:])
-    _, a_out, _ = layer.A.shape
     ups, downs = [], []
     for A, B in zip(layer.A, layer.B, strict=True):
         (left_A, right_A), (left_B, right_B) = low_rank(A), low_rank(B.flatten(1))
-        up = torch.kron(left_A.contiguous(), left_B.contiguous())
-        if layer.layout == "diffusekrona":
-            up = up.reshape(a_out, -1, up.shape[1]).transpose(0, 1).reshape(out, -1)
-        ups.append(up)
-        downs.append(torch.kron(right_A.contiguous(), right_B.contiguous()))
+        ups.append(kron_delta_weight(left_A[None], left_B[None], layout=layer.layout))  # the layout shuffles rows
+        downs.append(kron_delta_weight(right_A[None], right_B[None]))
     up, down = torch.cat(ups, dim=1), torch.cat(downs)
     if up.shape[1] > min(out, n_in):
         dW = layer.delta_weight().reshape(out, n_in)
@@ -197,25 +195,40 @@ def to_lora_peft(
     Returns:
         Tensors, and the metadata in which diffusers looks for ranks and alphas (alpha = rank in every layer).
     """
-    tensors, config = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    config: dict[str, dict[str, int]] = {}
     for layer in adapter:
         up, down = _in_layer_shape(layer, *lora_factors(layer))
         module = to_file_name(layer.component, layer.module)
         tensors[f"{layer.component}.{module}.lora_A.weight"] = down.to(dtype)
         tensors[f"{layer.component}.{module}.lora_B.weight"] = up.to(dtype)
         config.setdefault(layer.component, {})[module] = down.shape[0]
-    flat = {}
+    flat: dict[str, Any] = {}
     for component, ranks in config.items():
-        r = max(ranks.values())
-        pattern = {module: rank for module, rank in ranks.items() if rank != r}
-        flat |= {
-            f"{component}.r": r,
-            f"{component}.lora_alpha": r,
-            f"{component}.rank_pattern": pattern,
-            f"{component}.alpha_pattern": pattern,
-            f"{component}.target_modules": sorted(ranks),
-        }
+        flat |= {f"{component}.{key}": value for key, value in _lora_config(component, ranks).items()}
     return tensors, {"lora_adapter_metadata": json.dumps(flat, sort_keys=True)}
+
+
+def _lora_config(component: str, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The LoRA config of a component whose layers have these ranks, alpha = rank in each.
+
+    PEFT takes names and pattern keys for the ends of names too. For a text encoder that lets one name stand for a layer
+    with and without `text_model.`. Elsewhere it must not: "proj_out" of Flux is no "single_transformer_blocks.0.proj_out".
+    """
+    if component.startswith("text_encoder"):
+        ranks = {module.removeprefix("text_model."): rank for module, rank in ranks.items()}
+        anchor = ""
+    else:
+        anchor = "^"
+    r = max(ranks.values())
+    pattern = {f"{anchor}{re.escape(module)}": rank for module, rank in ranks.items() if rank != r}
+    return {
+        "r": r,
+        "lora_alpha": r,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": sorted(ranks),
+    }
 
 
 def _in_layer_shape(layer: KronaLayer, up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

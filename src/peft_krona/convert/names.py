@@ -100,7 +100,7 @@ def unflatten(flat: str) -> str | None:
             return None
         parts.append(match[0])
         position = match.end() + 1
-    return None if flat.endswith("_") else ".".join(parts)
+    return ".".join(parts) if parts and not flat.endswith("_") else None
 
 
 # -- LDM / SGM names of the UNet ---------------------------------------------------------------------------------------

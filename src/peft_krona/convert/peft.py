@@ -21,7 +21,7 @@ from ..model import layer_settings
 from .adapter import Adapter, KronaLayer
 from .lokr import as_krona_factors
 from .lora import as_krona_terms, lora_scale
-from .names import guess_component, to_file_name
+from .names import guess_component, kernel_of, to_file_name
 from .pairs import group_by_layer
 
 PEFT_PREFIX = "base_model.model."
@@ -82,7 +82,8 @@ def _lokr_layers(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor],
         r, alpha = (
             _number(config, f"{name}_pattern", own, module) for name, own in (("rank", "r"), ("alpha", "alpha"))
         )
-        layers.append(KronaLayer(component, to_file_name(component, module), w1[None], w2[None], alpha / r))
+        layer = KronaLayer(component, to_file_name(component, module), w1[None], w2[None], alpha / r)
+        layers.append(layer if layer.kernel else layer.with_kernel(kernel_of(component, module, None)))
     return layers
 
 

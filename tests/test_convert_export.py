@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files out: exact for every shape, layout, number of terms and dtype; refusals; the automatic choice; verification."""
+
+import json
+
+import pytest
+import torch
+from convert_fixtures import relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from peft_krona.convert import (
+    BASES,
+    Adapter,
+    KronaLayer,
+    choose_format,
+    export,
+    files,
+    from_tensors,
+    guess_base,
+    read_adapter,
+    to_diff,
+    to_loha,
+    to_lokr,
+    to_lora,
+    to_lora_peft,
+    tolerance,
+)
+from peft_krona.convert import export as _export_function
+from peft_krona.convert.lora import lora_rank
+from peft_krona.errors import FormatError, KronAError
+from peft_krona.ops.reference import delta_weight_loop
+
+export_module = __import__("sys").modules[_export_function.__module__]
+
+MODULE = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+KEY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+side = st.integers(1, 6)
+
+
+@st.composite
+def layers(draw, kernels=((), (3, 3), (1, 1), (1, 3)), max_r=3):
+    a_out, a_in, b_out, b_in = (draw(side) for _ in range(4))
+    r, kernel = draw(st.integers(1, max_r)), draw(st.sampled_from(kernels))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    A = torch.randn(r, a_out, a_in, generator=generator, dtype=torch.float64)
+    B = torch.randn(r, b_out, b_in, *kernel, generator=generator, dtype=torch.float64)
+    magnitude = 10.0 ** draw(st.integers(-4, 4))  # of A against B: folding has to balance them
+    stored = draw(st.sampled_from(DTYPES))
+    A, B = (A * magnitude).to(stored), (B / magnitude * 1e-2).to(stored)
+    return KronaLayer(
+        "unet", MODULE, A, B, draw(st.sampled_from([1.0, 0.3, 16.0])), draw(st.sampled_from(["kron", "diffusekrona"]))
+    )
+
+
+def judge(layer):
+    """dW by the loop over the definition."""
+    return delta_weight_loop(layer.A, layer.B, layer.scale, layer.layout)
+
+
+def rebuilt(to, tensors):
+    """dW from the definition of each format, written here a second time."""
+    t = {key.removeprefix(f"{KEY}."): tensor.double() for key, tensor in tensors.items()}
+    if to == "lokr":
+        w2 = t["lokr_w2"]
+        return torch.kron(t["lokr_w1"].reshape(*t["lokr_w1"].shape, *[1] * (w2.dim() - 2)), w2)
+    if to == "loha":
+        scale = t["alpha"] / t["hada_w1_b"].shape[0]
+        return (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"]) * scale
+    if to == "lora":
+        up, down = t["lora_up.weight"], t["lora_down.weight"]
+        return up.flatten(1) @ down.flatten(1) * t["alpha"] / down.shape[0]
+    return t["diff"]
+
+
+WRITERS = {"lokr": to_lokr, "loha": to_loha, "lora": to_lora, "diff": to_diff}
+
+
+@settings(max_examples=120, deadline=None)
+@given(layer=layers(), to=st.sampled_from(list(WRITERS)), dtype=st.sampled_from(DTYPES))
+def test_every_format_holds_what_it_accepts(layer, to, dtype):
+    wanted = judge(layer)
+    try:
+        tensors = WRITERS[to](Adapter((layer,)), BASES["sd15"], dtype)
+    except FormatError as error:
+        assert to in ("lokr", "loha") and ("--to" in str(error))
+        assert layer.r > 1 or (to == "lokr" and layer.layout == "diffusekrona")
+        return
+    assert relative(rebuilt(to, tensors).reshape(wanted.shape), wanted) < tolerance(dtype)
+    assert all(t.dtype == dtype or key.endswith(".alpha") for key, t in tensors.items())
+    if to == "lokr":
+        assert tensors[f"{KEY}.alpha"] == 1.0 and tensors[f"{KEY}.lokr_w2"].dim() == len(layer.shape)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layer=layers(), to=st.sampled_from(["lokr", "lora"]))
+def test_native_to_file_to_native(layer, to):
+    if to == "lokr" and (layer.r > 1 or layer.layout != "kron"):
+        return
+    (again,) = from_tensors(WRITERS[to](Adapter((layer,)), BASES["sd15"], torch.float32))
+    assert again.name == layer.name and again.shape == layer.shape
+    assert relative(again.delta_weight(), judge(layer)) < 1e-6
+    if to == "lokr":
+        assert (again.factors, again.r, again.layout) == (layer.factors, layer.r, layer.layout)
+
+
+@settings(max_examples=40, deadline=None)
+@given(layer=layers(kernels=((), (3, 3))), to=st.sampled_from(["lokr", "lora"]))
+def test_file_to_native_to_file(layer, to):
+    if to == "lokr" and (layer.r > 1 or layer.layout != "kron"):
+        return
+    first = WRITERS[to](Adapter((layer,)), BASES["sd15"], torch.float32)
+    again = WRITERS[to](from_tensors(first), BASES["sd15"], torch.float32)
+    assert first.keys() == again.keys()
+    assert relative(rebuilt(to, again), rebuilt(to, first)) < 1e-6
+
+
+@settings(max_examples=25, deadline=None)
+@given(layer=layers(), dtype=st.sampled_from([None, torch.float32, torch.bfloat16]))
+def test_peft_folders_keep_factors_bit_for_bit(layer, dtype, tmp_path_factory):
+    out = tmp_path_factory.mktemp("peft") / "adapter"
+    export(Adapter((layer,)), out, "peft", dtype=dtype)
+    (again,) = read_adapter(out)
+    assert torch.equal(again.A, layer.A.to(dtype or layer.A.dtype))
+    assert (again.scale, again.layout, again.name) == (layer.scale, layer.layout, layer.name)
+
+
+@pytest.mark.parametrize("layout", ["kron", "diffusekrona"])
+def test_ranks_are_the_closed_form_ones(layout):
+    """SDXL 1280 x 1280 with (64, 8): LoRA of rank 160, LoHa of rank 20, LoKr of 3,712 numbers."""
+    torch.manual_seed(0)
+    layer = KronaLayer("unet", MODULE, torch.randn(1, 64, 8), torch.randn(1, 20, 160), 1.0, layout)
+    adapter = Adapter((layer,))
+    assert lora_rank(layer) == 160
+    assert to_lora(adapter, BASES["sdxl"])[
+        "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.lora_up.weight"
+    ].shape == (1280, 160)
+    loha = to_loha(adapter, BASES["sdxl"])
+    assert loha["lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.hada_w1_b"].shape == (20, 1280)
+    low = KronaLayer("unet", MODULE, torch.ones(1, 64, 8), torch.randn(1, 20, 160), 1.0, layout)
+    assert lora_rank(low) == 20  # ones have rank 1
+
+
+def one(r=1, layout="kron", a=(4, 2), b=(8, 16), module=MODULE, component="unet", fill=torch.randn):
+    return KronaLayer(component, module, fill(r, *a), fill(r, *b) * 0.1, 1.0, layout)
+
+
+@pytest.mark.parametrize(
+    ("layer", "format", "split"),
+    [
+        (one(), "lokr", False),
+        (one(layout="diffusekrona"), "loha", False),
+        (one(layout="diffusekrona", a=(1, 2)), "lokr", False),
+        (one(r=2, a=(16, 1), b=(2, 32)), "lora", False),
+        (one(r=2, a=(4, 1), b=(8, 32)), "lora", False),
+        (one(r=3), "lokr", True),
+        (one(r=3, layout="diffusekrona"), "loha", True),
+        (one(r=3, component="transformer", module="transformer_blocks.0.attn.to_q"), "lora", False),
+    ],
+)
+def test_the_automatic_choice(layer, format, split, tmp_path):
+    chosen = choose_format(Adapter((layer,)))
+    assert chosen[:2] == (format, split)
+    report = export(Adapter((layer,)), tmp_path / "x", base=BASES["sd15"])
+    assert report.format == format and chosen[2] in str(report)
+    assert len(report.files) == (layer.r if split else 1)
+    assert report.size == sum(path.stat().st_size for path in report.files)
+    assert f"{report.worst_error:.2e}" in str(report) and report.worst_error < tolerance(torch.float16)
+
+
+@pytest.mark.parametrize("to", ["lokr", "loha"])
+def test_terms_as_several_files_add_up(to, tmp_path):
+    layer = one(r=3, layout="kron" if to == "lokr" else "diffusekrona")
+    other = one(r=2, module=MODULE.replace("to_q", "to_k"), layout=layer.layout)
+    report = export(
+        Adapter((layer, other)),
+        tmp_path / "my.safetensors",
+        to,
+        base=BASES["sd15"],
+        dtype=torch.float32,
+        split_terms=True,
+    )
+    assert [path.name for path in report.files] == [f"my_term{n}of3.safetensors" for n in (1, 2, 3)]
+    total = sum(rebuilt(to, {k: t for k, t in load_file(p).items() if k.startswith(KEY)}) for p in report.files)
+    assert relative(total, judge(layer)) < 1e-6
+    assert len(load_file(report.files[2])) < len(load_file(report.files[1]))
+    assert "together" in report.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("layer", "to", "message"),
+    [
+        (one(r=2), "lokr", r"attn1\.to_q has r=2 terms.*--split-terms.*--to lora or --to diff"),
+        (one(r=2), "loha", "r=2 terms.*--to lora"),
+        (one(layout="diffusekrona"), "lokr", "layout 'diffusekrona'.*--to loha"),
+        (
+            one(component="transformer", module="transformer_blocks.0.attn.to_q"),
+            "lokr",
+            "For a transformer use --to lora",
+        ),
+        (one(component="model", module="layers.0.q"), "lora", "--to peft"),
+        (one(component="text_encoder", module="text_model.embeddings.token_embedding"), "lora", "is an embedding"),
+        (one(module="down_blocks.0.motion_modules.0.x"), "lokr", "has no name"),
+        (one(), "banana", "expected one of auto, lokr"),
+    ],
+)
+def test_refusals_name_layer_reason_and_way_out(layer, to, message, tmp_path):
+    with pytest.raises(FormatError, match=message):
+        export(Adapter((layer,)), tmp_path / "x", to, base=BASES["sdxl"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_too_small_for_the_dtype_fail_and_leave_nothing(tmp_path):
+    tiny = KronaLayer("unet", MODULE, torch.full((1, 4, 2), 1e-4), torch.full((1, 8, 16), 1e-5))
+    with pytest.raises(FormatError, match=r"to_q: rebuilt from the diff file, dW is off by .*--dtype fp32"):
+        export(Adapter((tiny,)), tmp_path / "x", "diff", base=BASES["sd15"])
+    assert not list(tmp_path.iterdir())
+    assert export(Adapter((tiny,)), tmp_path / "x", "diff", base=BASES["sd15"], dtype=torch.float32).worst_error < 1e-7
+    assert export(Adapter((tiny,)), tmp_path / "y", "lokr", base=BASES["sd15"]).worst_error < 2e-3  # balanced
+
+
+def test_a_writer_that_is_wrong_is_caught_and_leaves_nothing(tmp_path, monkeypatch):
+    def forgets_the_scale(adapter, base, dtype):
+        return {key: t * 2 if key.endswith("w1") else t for key, t in to_lokr(adapter, base, dtype).items()}
+
+    def forgets_a_layer(adapter, base, dtype):
+        return to_lokr(Adapter(adapter.layers[:1]), base, dtype)
+
+    adapter = Adapter((one(), one(module=MODULE.replace("to_q", "to_k"))))
+    for wrong in (forgets_the_scale, forgets_a_layer):
+        monkeypatch.setitem(export_module._WRITERS, "lokr", wrong)
+        with pytest.raises(FormatError, match="Nothing was written"):
+            export(adapter, tmp_path / "x", "lokr", base=BASES["sd15"])
+        with pytest.raises(FormatError, match="Nothing was written"):
+            export(adapter, tmp_path / "x", "lokr", base=BASES["sd15"], split_terms=True)
+        assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    export(Adapter((one(),)), path, "lokr", base=BASES["sd15"])
+    before = path.read_bytes()
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export(Adapter((one(),)), path, "lokr", base=BASES["sd15"])
+    with pytest.raises(KeyboardInterrupt):
+        export(Adapter((one(),)), tmp_path / "folder", "peft")
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_an_existing_folder_is_not_touched(tmp_path):
+    (tmp_path / "keep").write_text("me")
+    with pytest.raises(FormatError, match="exists already"):
+        export(Adapter((one(),)), tmp_path, "peft")
+    assert (tmp_path / "keep").read_text() == "me"
+
+
+def test_metadata(tmp_path):
+    adapter = Adapter((one(),), source="test", metadata={"base_model": "sdxl-base", "trigger_words": "zwx cat"})
+    report = export(adapter, tmp_path / "cat", "lokr", base=BASES["sdxl"])
+    with safe_open(report.files[0], "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert (
+        metadata["ss_network_module"] == "lycoris.kohya" and json.loads(metadata["ss_network_args"])["algo"] == "lokr"
+    )
+    assert (metadata["ss_output_name"], metadata["ss_v2"]) == ("cat", "False")
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert metadata["modelspec.trigger_phrase"] == metadata["trigger_words"] == "zwx cat"
+    assert json.loads(metadata["krona.factors"]) == {"1x4x2": 1} and metadata["krona.layout"] == "kron"
+    import hashlib
+
+    data = report.files[0].read_bytes()
+    assert metadata["sshs_model_hash"] == hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    again = read_adapter(report.files[0])
+    assert again.metadata == {"base_model": "sdxl-base", "trigger_words": "zwx cat"}
+
+
+@pytest.mark.parametrize(
+    ("component", "base", "count"),
+    [("text_encoder_2", "sdxl", 4), ("text_encoder", "sd2", 4), ("text_encoder", "sd15", 1)],
+)
+def test_open_clip_attentions_are_filled_up_for_a1111(component, base, count, tmp_path):
+    """A1111 applies q, k, v and out of an OpenCLIP attention only together."""
+    layer = one(component=component, module="text_model.encoder.layers.0.self_attn.v_proj")
+    report = export(Adapter((layer,)), tmp_path / "x", "lokr", base=BASES[base])
+    stems = {key.split(".")[0] for key in load_file(report.files[0])}
+    assert len(stems) == count
+    zeros = [key for key, t in load_file(report.files[0]).items() if key.endswith("w1") and not t.any()]
+    assert len(zeros) == count - 1
+
+
+def test_one_alpha_for_the_whole_lora_file():
+    adapter = Adapter(
+        (one(), one(module="conv_in", a=(2, 1), b=(3, 4, 3, 3)), one(r=3, module="mid_block.resnets.0.time_emb_proj"))
+    )
+    tensors = to_lora(adapter, BASES["sdxl"])
+    assert len({t.item() for key, t in tensors.items() if key.endswith(".alpha")}) == 1
+    assert len({t.shape[0] for key, t in tensors.items() if "down" in key}) > 1
+
+
+def test_lora_for_transformers_carries_ranks_and_alphas():
+    layers = [
+        one(component="transformer", module=f"transformer_blocks.0.attn.to_{k}", a=a)
+        for k, a in (("q", (4, 2)), ("k", (2, 1)))
+    ]
+    tensors, metadata = to_lora_peft(Adapter(tuple(layers)), torch.float32)
+    config = json.loads(metadata["lora_adapter_metadata"])
+    assert config["transformer.alpha_pattern"] == config["transformer.rank_pattern"]
+    again = from_tensors(tensors, metadata)
+    for layer, read in zip(layers, again, strict=True):
+        assert relative(read.delta_weight(), judge(layer)) < 1e-6
+
+
+def test_zero_updates_stay_zero(tmp_path):
+    fresh = KronaLayer("unet", MODULE, torch.randn(1, 4, 2), torch.zeros(1, 8, 16))
+    for to in WRITERS:
+        report = export(Adapter((fresh,)), tmp_path / to, to, base=BASES["sd15"])
+        assert report.worst_error == 0
+        assert not rebuilt(to, load_file(report.files[0])).any()
+
+
+@pytest.mark.parametrize(
+    ("layers", "kind"),
+    [
+        ([one(module="down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", b=(8, 384))], "sd15"),
+        ([one(module="down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", b=(8, 512))], "sd2"),
+        ([one(module="down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v", b=(8, 1024))], "sdxl"),
+        ([one(module="down_blocks.2.attentions.0.transformer_blocks.7.attn1.to_q")], "sdxl"),
+        ([one(), one(component="text_encoder_2", module="text_model.encoder.layers.0.mlp.fc1")], "sdxl"),
+        ([one(component="text_encoder", module="text_model.encoder.layers.0.mlp.fc1", b=(8, 384))], "sd15"),
+        ([one()], None),
+    ],
+)
+def test_the_base_model_is_guessed_or_asked_for(layers, kind):
+    if kind is None:
+        with pytest.raises(KronAError, match="--base sd15, sd2, sdxl"):
+            guess_base(Adapter(tuple(layers)))
+    else:
+        assert guess_base(Adapter(tuple(layers))) is BASES[kind]
