@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from .loop import Loop, autocast
 from .text import LENGTH, RARE
 
-STEPS, BATCH, LR, WIDTH = 1200, 256, 1e-3, 128
+STEPS, BATCH, LR, WIDTH = 1000, 128, 1e-3, 128
 
 
 class Block(nn.Module):
@@ -99,8 +99,3 @@ def train(folder, tokenizer, latents: Tensor, ids: Tensor, steps: int = STEPS, d
     Loop("clip", folder, model, LR, steps, seed=2, deadline=deadline).run(loss)
     return model.eval()
 
-
-@torch.no_grad()
-def hidden_states(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
-    """What the U-Net attends to, as float16."""
-    return torch.cat([text_encoder(part).last_hidden_state.half() for part in ids.split(1024)])

@@ -109,7 +109,7 @@ def train(run: Path, package: Path, vae, output: Path, steps: int = STEPS, deadl
     model = JudgeModel(words(), WIDTH, OUT)
 
     def loss(step):
-        pick, members = torch.randint(len(captions), (BATCH,)), torch.randperm(len(views))[:BATCH // 2]
+        pick, members = torch.randint(len(captions), (BATCH,)), torch.randperm(len(views))[: BATCH // 2]
         pairs = torch.rand(BATCH // 2, VIEWS).argsort(1)[:, :2]
         both = views[members[:, None], pairs].flatten(0, 1)
         x = worsen(to_tensor(torch.cat([data["images"][pick], both])))

@@ -1,6 +1,6 @@
 """Draw the DreamBooth subjects: five pictures of each held-out emoji, on different backgrounds and in different poses.
 
-    python -m examples.emoji_sd.subjects PACKAGE.tgz
+python -m examples.emoji_sd.subjects PACKAGE.tgz
 """
 
 import argparse

@@ -60,6 +60,4 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]):
     """Token ids, N x LENGTH."""
-    return tokenizer(
-        captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
-    ).input_ids
+    return tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids

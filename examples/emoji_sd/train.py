@@ -19,13 +19,14 @@ import torch
 
 from . import clip, export, judge_train, unet, vae
 from .loop import save_atomically
+from .record import write_log
 from .render import CONCEPTS, PACKAGE_URL, TRAINED_CONCEPTS, caption, load_sprites, render
 from .text import build_tokenizer, tokenize
 
 HERE = Path(__file__).resolve().parent
 PIPELINE = HERE.parent / "assets" / "emoji-sd"
 JUDGE = HERE.parent / "assets" / "judge"
-STAGES = ("data", "vae", "latents", "clip", "states", "unet", "decoder", "judge")
+STAGES = ("data", "vae", "latents", "clip", "unet", "decoder", "judge")
 PICTURES, CAPTIONS_EACH = 24_000, 2
 
 
@@ -102,12 +103,6 @@ def main() -> None:
     encoder = clip.train(args.run, tokenizer, mean, ids, **limits("clip", clip.STEPS)).text
     if reached("clip"):
         return
-    states = cached(args.run / "states.pt", lambda: clip.hidden_states(encoder, ids.flatten(0, 1)))
-    states = states.unflatten(0, ids.shape[:2])
-    empty = clip.hidden_states(encoder, tokenize(tokenizer, [""]))[0]
-    if reached("states"):
-        return
-
     exported = time.time()
 
     def export_latest(loop):
@@ -117,16 +112,20 @@ def main() -> None:
             exported = time.time()
 
     def export_unet(loop, folder):
-        model = unet.build(mean.shape[-1], mean.shape[1], states.shape[-1])
-        model.load_state_dict(loop.ema)
+        unet_state, text_state = unet.split(loop.ema)
+        model = unet.build(mean.shape[-1], mean.shape[1], encoder.config.hidden_size)
+        model.load_state_dict(unet_state)
         vae_copy = vae.build()
         vae_copy.load_state_dict(autoencoder.state_dict())
         vae_copy.register_to_config(scaling_factor=scale)
         text_copy = clip.build_text_encoder(tokenizer)
-        text_copy.load_state_dict(encoder.state_dict())
+        text_copy.load_state_dict(text_state)
         export.export(folder, vae_copy, text_copy, tokenizer, model)
 
-    loop = unet.train(args.run, (mean, std), states, empty, after_save=export_latest, **limits("unet", unet.STEPS))
+    empty = tokenize(tokenizer, [""])[0]
+    loop = unet.train(
+        args.run, (mean, std), encoder, ids, empty, after_save=export_latest, **limits("unet", unet.STEPS)
+    )
     export_unet(loop, args.output)
     if reached("unet"):
         return
@@ -135,6 +134,7 @@ def main() -> None:
     if reached("decoder"):
         return
     judge_train.train(args.run, package, autoencoder, JUDGE, **limits("judge", judge_train.STEPS))
+    write_log(args.run, args.output / "training_log.json")
     reached("judge")
 
 

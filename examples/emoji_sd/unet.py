@@ -1,20 +1,20 @@
-"""The diffusion model: a U-Net on cached latents and cached text states, with v-prediction and zero terminal SNR."""
+"""The diffusion model: a U-Net on cached latents, trained with its text encoder; v-prediction, zero terminal SNR."""
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from .loop import Loop, autocast
 
-STEPS, BATCH, LR, EMA, DROPOUT = 9000, 32, 4e-4, 0.999, 0.1
+STEPS, BATCH, LR, EMA, DROPOUT = 9000, 32, 5e-4, 0.999, 0.1
 
 
 def build(latent_size: int, latent_channels: int, text_width: int) -> UNet2DConditionModel:
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=latent_size, in_channels=latent_channels, out_channels=latent_channels,
-        block_out_channels=(128, 256), layers_per_block=1, attention_head_dim=(2, 4), cross_attention_dim=text_width,
+        block_out_channels=(128, 192), layers_per_block=1, attention_head_dim=(2, 3), cross_attention_dim=text_width,
         down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
     )  # fmt: skip
 
@@ -27,12 +27,13 @@ def build_scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-def train(folder, latents: tuple[Tensor, Tensor], states: Tensor, empty: Tensor, steps: int = STEPS, deadline=None,
-          after_save=None) -> Loop:  # fmt: skip
-    """`latents` scaled means and deviations, N x C x H x W; `states` N x K x L x D, text states of K captions each;
-    `empty` L x D the states of the empty prompt.  The averaged weights are the result: `loop.ema`."""
+def train(folder, latents: tuple[Tensor, Tensor], text_encoder: nn.Module, ids: Tensor, empty: Tensor,
+          steps: int = STEPS, deadline=None, after_save=None) -> Loop:  # fmt: skip
+    """`latents` scaled means and deviations, N x C x H x W; `ids` N x K x L, the tokens of K captions each; `empty` L,
+    those of the empty prompt.  The text encoder learns on with the U-Net: it is small and costs next to nothing.
+    The averaged weights, `split(loop.ema)`, are the result."""
     mean, std = latents
-    unet = build(mean.shape[-1], mean.shape[1], states.shape[-1])
+    unet = build(mean.shape[-1], mean.shape[1], text_encoder.config.hidden_size)
     noise_scheduler = DDPMScheduler.from_config(build_scheduler().config)
     timesteps = noise_scheduler.config.num_train_timesteps
 
@@ -40,15 +41,22 @@ def train(folder, latents: tuple[Tensor, Tensor], states: Tensor, empty: Tensor,
         pick = torch.randint(len(mean), (BATCH,))
         x = mean[pick].float()
         x = x + std[pick].float() * torch.randn_like(x)
-        context = states[pick, torch.randint(states.shape[1], (BATCH,))].float()
-        context[torch.rand(BATCH) < DROPOUT] = empty.float()
+        words = ids[pick, torch.randint(ids.shape[1], (BATCH,))]
+        words[torch.rand(BATCH) < DROPOUT] = empty
         noise = torch.randn_like(x)
         t = ((torch.rand(()) + torch.arange(BATCH) / BATCH) % 1 * timesteps).long()  # stratified
         with autocast():
+            context = text_encoder(words).last_hidden_state
             prediction = unet(noise_scheduler.add_noise(x, noise, t), t, context).sample.float()
         value = mse_loss(prediction, noise_scheduler.get_velocity(x, noise, t))
         return value, {"loss": value}
 
-    loop = Loop("unet", folder, unet, LR, steps, seed=3, ema=EMA, warmup=200, deadline=deadline)
+    both = nn.ModuleDict({"unet": unet, "text": text_encoder})
+    loop = Loop("unet", folder, both, LR, steps, seed=3, ema=EMA, warmup=200, deadline=deadline)
     loop.run(loss, after_save)
     return loop
+
+
+def split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of the U-Net and those of the text encoder."""
+    return tuple({k[len(p):]: v for k, v in state.items() if k.startswith(p)} for p in ("unet.", "text."))  # fmt: skip
