@@ -24,7 +24,7 @@ from PIL import Image
 
 from examples.dreambooth import TrainingError, adapters, checkpoint, data, demo, objective, optim
 from examples.dreambooth.arguments import build_parser, parse_args
-from examples.dreambooth.prompts import Denoiser, tokenize
+from examples.dreambooth.prompts import Denoiser, time_ids, tokenize
 
 EXAMPLES = Path(data.__file__).resolve().parents[1]
 BASIC = ["--pretrained_model_name_or_path", "p", "--instance_data_dir", "d", "--instance_prompt", "a sks dog"]
@@ -296,6 +296,11 @@ def test_prompts_are_encoded_as_the_pipeline_does(tmp_path, kind):
         torch.testing.assert_close(encoded["hidden"][i : i + 1], expected)
         if pooled is not None:
             torch.testing.assert_close(encoded["pooled"][i : i + 1], pooled)
+
+
+def test_micro_conditioning():
+    batch = {"original_size": [(40, 60)], "crop": [(0, 14)], "target_size": [(32, 48)]}
+    assert time_ids(batch, torch.device("cpu"), torch.float32).tolist() == [[40, 60, 0, 14, 32, 48]]
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------

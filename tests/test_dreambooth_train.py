@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ import dreambooth_pipelines as tiny
 from accelerate.state import AcceleratorState, PartialState
 
 from examples import dreambooth_kron
-from examples.dreambooth import TrainingError, checkpoint
+from examples.dreambooth import TrainingError, card, checkpoint
 from examples.dreambooth.arguments import parse_args
 
 SCRIPT = Path(dreambooth_kron.__file__)
@@ -206,11 +207,14 @@ def test_everything_at_once(kind, tiny_sd, tiny_sdxl, pictures, tmp_path, capsys
     assert any(v.abs().max() > 0 for k, v in weights(out).items() if k.startswith("unet") and k.endswith("krona_B"))
 
 
+SHOW = ["--validation_prompt", "x", "--num_validation_images", 1, "--validation_inference_steps", 1]
+
+
 @pytest.mark.parametrize(
     "more",
     [
-        ["--adapter_type", "lora", "--use_dora"],
-        ["--adapter_type", "lokr", "--rank", 2],
+        ["--adapter_type", "lora", "--use_dora", *SHOW],
+        ["--adapter_type", "lokr", "--rank", 2, *SHOW],
         ["--optimizer", "prodigy"],
         ["--optimizer", "schedulefree", "--lr_warmup_steps", 1],
         ["--optimizer", "SGD", "--optimizer_args", "momentum=0.9", "nesterov=True"],
@@ -222,11 +226,63 @@ def test_everything_at_once(kind, tiny_sd, tiny_sdxl, pictures, tmp_path, capsys
     ids=lambda more: " ".join(map(str, more[:2])),
 )
 def test_variants_train(tiny_sd, pictures, tmp_path, more, monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "compiled", True))  # minutes otherwise
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))  # minutes otherwise
     summary = train(tiny_sd, pictures, tmp_path, *more, "--max_train_steps", 1)
-    assert summary["updates"] == 1
+    assert summary["updates"] == 1 and bool(compiled) == ("--torch_compile" in more)
     trained = weights(tmp_path)
     assert trained and all(torch.isfinite(v).all() for v in trained.values())
+
+
+def test_accumulation_is_a_larger_batch(tiny_sd, pictures, tmp_path):
+    common = ["--learning_rate", 1e-3, "--repeats", 2, "--random_flip", "--max_train_steps", 4]
+    train(tiny_sd, pictures, tmp_path / "batch", *common, "--train_batch_size", 2)
+    AcceleratorState._reset_state(True)
+    train(tiny_sd, pictures, tmp_path / "accumulated", *common, "--gradient_accumulation_steps", 2)
+    one, other = weights(tmp_path / "batch"), weights(tmp_path / "accumulated")
+    for k in one:
+        torch.testing.assert_close(one[k], other[k], atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "more"), [("sd", []), ("sdxl", ["--layout", "diffusekrona", "--krona_a_out", 4])])
+def test_exported_file_is_the_adapter(kind, more, tiny_sd, tiny_sdxl, pictures, tmp_path, capsys):
+    from peft_krona.convert import read_adapter
+
+    pipeline = {"sd": tiny_sd, "sdxl": tiny_sdxl}[kind]
+    train(
+        pipeline, pictures, tmp_path / "dog", "--train_text_encoder", "--export", "lokr", *more, "--learning_rate", 1e-2
+    )
+    if more:  # one LoKr file cannot hold the shuffled layout: said, and the adapter is saved all the same
+        assert "Not exported as lokr" in capsys.readouterr().out and weights(tmp_path / "dog")
+        assert not (tmp_path / "dog" / "dog.safetensors").exists()
+        return
+    saved = {layer.name: layer.delta_weight() for layer in read_adapter(tmp_path / "dog")}
+    exported = {layer.name: layer.delta_weight() for layer in read_adapter(tmp_path / "dog" / "dog.safetensors")}
+    assert saved.keys() == exported.keys() and len(saved) > 20
+    for name, delta in saved.items():
+        assert (exported[name] - delta).norm() <= 2e-3 * delta.norm()
+
+
+def test_push_to_hub(tiny_sd, pictures, tmp_path, monkeypatch, capsys):
+    calls = {}
+    monkeypatch.setattr(
+        card, "create_repo", lambda repo, **kw: calls.update(repo=repo) or SimpleNamespace(repo_id="me/dog")
+    )
+    monkeypatch.setattr(card, "upload_folder", lambda **kw: calls.update(kw))
+    more = ["--push_to_hub", "--hub_token", "secret", "--hub_model_id", "dog"]
+    train(tiny_sd, pictures, tmp_path / "out", *more, "--max_train_steps", 1)
+    assert (calls["repo"], calls["repo_id"], calls["token"]) == ("dog", "me/dog", "secret")
+    assert "checkpoint-*" in calls["ignore_patterns"] and "Uploaded to me/dog" in capsys.readouterr().out
+    written = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert written and not any(b"secret" in p.read_bytes() for p in written)
+
+    def refuse(**kw):
+        raise RuntimeError("401")
+
+    AcceleratorState._reset_state(True)
+    monkeypatch.setattr(card, "upload_folder", refuse)
+    with pytest.raises(TrainingError, match=r"upload to the Hub failed \(401\)\. Everything is in"):
+        train(tiny_sd, pictures, tmp_path / "again", *more, "--max_train_steps", 1)
 
 
 @pytest.mark.parametrize("optimizer", ["prodigy", "schedulefree"])

@@ -337,5 +337,7 @@ class Batches(Sampler):
                 rounds = math.ceil(wanted / len(group))
                 order = np.concatenate([rng.permutation(group) for _ in range(rounds)])[:wanted]
                 batches += order.reshape(-1, self.global_batch).tolist()
-            self._epoch = epoch, [batches[i] for i in rng.permutation(len(batches))]
+            if len(self.groups) > 1:  # with one shape the order is random already, whatever the batch size
+                batches = [batches[i] for i in rng.permutation(len(batches))]
+            self._epoch = epoch, batches
         return self._epoch[1]
