@@ -115,7 +115,8 @@ LAYERS = {
     "conv2d oblong": (lambda: nn.Conv2d(4, 6, (1, 3), stride=(2, 1), padding=(0, 2)), (2, 4, 5, 6), (3, 2), 1),
     "conv2d same circular": (
         lambda: nn.Conv2d(4, 6, (4, 3), padding="same", padding_mode="circular"), (2, 4, 6, 7), (3, 2), 2),
-    "conv2d same dilated": (lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2, bias=False), (2, 4, 6, 7), (2, 4), 1),
+    "conv2d same dilated": (
+        lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2, bias=False), (2, 4, 6, 7), (2, 4), 1),
     "conv2d replicate": (
         lambda: nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="replicate"), (2, 4, 6, 7), (2, 2), 1),
     "conv2d valid": (lambda: nn.Conv2d(4, 6, 3, padding="valid"), (2, 4, 6, 7), (2, 2), 1),

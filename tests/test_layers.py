@@ -245,15 +245,15 @@ def test_adapter_names_misuse():
     model, _ = adapt(nn.Linear(8, 8))
     x = torch.zeros(2, 8)
     model.train()
-    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
+    with pytest.raises(ValueError, match=r"Cannot pass `adapter_names` when the model is in training mode"):
         model(x, adapter_names=["default"] * 2)
     model.eval()
-    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same .* but got 1 and 2"):
+    with pytest.raises(ValueError, match=r"Length of `adapter_names` should be the same .* but got 1 and 2"):
         model(x, adapter_names=["default"])
     with pytest.raises(ValueError, match=r"Trying to infer with non-existing adapter\(s\): nobody"):
         model(x, adapter_names=["default", "nobody"])
     model.merge_adapter()
-    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when there are merged adapters"):
+    with pytest.raises(ValueError, match=r"Cannot pass `adapter_names` when there are merged adapters"):
         model(x, adapter_names=["default"] * 2)
 
 
@@ -319,7 +319,7 @@ def test_krona_dropout_is_the_layer_on_dropped_input(name):
 
 @pytest.mark.parametrize("name", ["linear b_first", "conv2d", "embedding"])
 def test_module_dropout_skips_the_whole_adapter_unscaled(name):
-    base, model, layer, x = make_layer(name, torch.float32, module_dropout=0.3)
+    base, model, _layer, x = make_layer(name, torch.float32, module_dropout=0.3)
     with_adapter, without = model.eval()(x), base(x)
     model.train()
     kinds = []
@@ -350,7 +350,9 @@ def test_a_new_adapter_follows_the_training_mode_of_what_it_adapts():
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("init,layout", [(True, "kron"), ("cdka", "kron"), ("kaiming", "diffusekrona"), (False, "kron")])
+@pytest.mark.parametrize(
+    "init,layout", [(True, "kron"), ("cdka", "kron"), ("kaiming", "diffusekrona"), (False, "kron")]
+)
 @pytest.mark.parametrize("name", ["linear b_first", "linear a_first r3", "transformers Conv1D", "conv2d"])
 def test_training_reaches_a_kronecker_target(name, init, layout):
     """Fit dW* = a Kronecker sum of the same shape by Adam: the loss must fall by a factor of 30."""
@@ -358,7 +360,7 @@ def test_training_reaches_a_kronecker_target(name, init, layout):
     x = torch.randn(32, *x.shape[1:])
     target = teacher(x).detach()
     _, _, (a_out, a_in), r = LAYERS[name]
-    model, layer = adapt(base, a_out=a_out, a_in=a_in, r=r + 1, layout=layout, init_weights=init)
+    model, _layer = adapt(base, a_out=a_out, a_in=a_in, r=r + 1, layout=layout, init_weights=init)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
     losses = []
     for _ in range(150):
@@ -396,13 +398,22 @@ def test_multihead_attention_is_refused():
     with pytest.raises(TypeError, match=r"Cannot adapt 'mha.out_proj' \(NonDynamicallyQuantizableLinear\): nn.Multihead"
                                         "Attention reads the weight of its out_proj without calling it"):  # fmt: skip
         get_peft_model(Attention(), config("out_proj"))
-    with pytest.raises(TypeError, match="Cannot adapt 'mha' of type MultiheadAttention: KronA supports Linear, Conv1D"):
+    with pytest.raises(
+        TypeError, match=r"Cannot adapt 'mha' of type MultiheadAttention: KronA supports Linear, Conv1D"
+    ):
         get_peft_model(Attention(), config("mha"))
 
 
 @pytest.mark.parametrize(
     "module",
-    [nn.LayerNorm(8), nn.ConvTranspose2d(4, 4, 3), nn.Bilinear(3, 4, 5), nn.LSTM(4, 4), nn.EmbeddingBag(8, 4), nn.ReLU()],
+    [
+        nn.LayerNorm(8),
+        nn.ConvTranspose2d(4, 4, 3),
+        nn.Bilinear(3, 4, 5),
+        nn.LSTM(4, 4),
+        nn.EmbeddingBag(8, 4),
+        nn.ReLU(),
+    ],
     ids=lambda m: type(m).__name__,
 )
 def test_unsupported_targets_name_module_type_and_what_is_supported(module):
@@ -416,7 +427,7 @@ def test_unsupported_targets_name_module_type_and_what_is_supported(module):
 
 
 def test_fan_in_fan_out():
-    with pytest.warns(UserWarning, match="fan_in_fan_out is set to True but the target module is `torch.nn.Linear`"):
+    with pytest.warns(UserWarning, match=r"fan_in_fan_out is set to True but the target module is `torch.nn.Linear`"):
         _, layer = adapt(nn.Linear(12, 8), fan_in_fan_out=True)
     assert layer.get_delta_weight("default").shape == (8, 12)
     _, layer = adapt(Conv1D(8, 12))  # recognised without it
@@ -427,7 +438,7 @@ def test_fan_in_fan_out():
 def test_mamba_projections_that_a_fused_kernel_reads_are_refused(targets):
     model = nn.ModuleDict({"out_proj": nn.Linear(8, 8), "conv1d": nn.Linear(8, 8), "in_proj": nn.Linear(8, 8)})
     model.config = type("Config", (), {"model_type": "mamba"})()
-    with pytest.raises(ValueError, match="read inside a fused kernel"):
+    with pytest.raises(ValueError, match=r"read inside a fused kernel"):
         get_peft_model(model, config(targets))
 
 

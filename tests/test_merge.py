@@ -85,7 +85,9 @@ def test_small_updates_survive_in_the_sum(dtype):
             layer.krona_B[f"n{i}"].fill_(1.0)
     names = [f"n{i}" for i in range(10)]
     model.merge_adapter(names)
-    assert (layer.get_base_layer().weight.double() - 1 - 2.5 * torch.finfo(dtype).eps).abs().max() <= torch.finfo(dtype).eps / 2
+    assert (layer.get_base_layer().weight.double() - 1 - 2.5 * torch.finfo(dtype).eps).abs().max() <= torch.finfo(
+        dtype
+    ).eps / 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,7 +100,7 @@ def test_one_after_the_other_equals_all_at_once(dtype):
     assert_same_bits(one, snapshot(both))
     assert one.base_model.model.lin1.merged_adapters == ["default", "other"]
     before = weights(one)
-    with pytest.warns(UserWarning, match="are already merged|Already following adapters were merged"):
+    with pytest.warns(UserWarning, match=r"are already merged|Already following adapters were merged"):
         one.merge_adapter(["other"])
     assert all(torch.equal(w, before[n]) for n, w in weights(one).items())
 
@@ -221,7 +223,7 @@ def test_safe_merge_sees_a_sum_that_overflows():
 def test_unmerging_nothing_warns():
     model = adapted_mlp()
     before = snapshot(model)
-    with pytest.warns(UserWarning, match="Already unmerged. Nothing to do"):
+    with pytest.warns(UserWarning, match=r"Already unmerged. Nothing to do"):
         model.unmerge_adapter()
     assert_same_bits(model, before)
 
@@ -230,7 +232,7 @@ def test_merging_twice_warns_and_merges_once():
     model = adapted_mlp()
     model.merge_adapter()
     before = snapshot(model)
-    with pytest.warns(UserWarning, match="[Aa]lready.*merged|merged.*already"):
+    with pytest.warns(UserWarning, match=r"[Aa]lready.*merged|merged.*already"):
         model.merge_adapter()
     assert_same_bits(model, before)
 
@@ -302,7 +304,7 @@ def test_merged_restores_when_a_later_layer_cannot_be_merged(monkeypatch):
     before = snapshot(model)
     layer = krona_layers(model)["base_model.model.lin1"]
     monkeypatch.setattr(layer, "merge", lambda **kwargs: (_ for _ in ()).throw(MergeError("no")))
-    with pytest.raises(MergeError, match="no"), peft_krona.merged(model):
+    with pytest.raises(MergeError, match=r"no"), peft_krona.merged(model):
         raise AssertionError("not reached")
     monkeypatch.undo()
     assert_same_bits(model, before)
@@ -364,7 +366,7 @@ def test_a_weight_that_changed_in_between_keeps_the_change(dtype):
     model.merge_adapter()
     with torch.no_grad():
         layer.get_base_layer().weight += 0.5
-    with pytest.warns(RuntimeWarning, match="The base weight of Linear was changed by something else while a KronA"):
+    with pytest.warns(RuntimeWarning, match=r"The base weight of Linear was changed by something else while a KronA"):
         model.unmerge_adapter()
     eps = torch.finfo(dtype).eps
     error = (layer.get_base_layer().weight.double() - original.double() - 0.5).abs().max()
@@ -385,7 +387,7 @@ def test_merging_more_onto_a_weight_that_changed_in_between():
     model.merge_adapter(["other"])
     want = original + 0.5 + layer.get_delta_weight("default") + layer.get_delta_weight("other")
     torch.testing.assert_close(layer.get_base_layer().weight.detach(), want.detach())
-    with pytest.warns(RuntimeWarning, match="was changed by something else"):
+    with pytest.warns(RuntimeWarning, match=r"was changed by something else"):
         model.unmerge_adapter()
     torch.testing.assert_close(layer.get_base_layer().weight.detach(), original + 0.5)
 
@@ -395,7 +397,7 @@ def test_a_cast_in_between():
     original = layer.get_base_layer().weight.detach().clone()
     model.merge_adapter()
     model.to(torch.float64)
-    with pytest.warns(RuntimeWarning, match="do not cast or train the base model in between"):
+    with pytest.warns(RuntimeWarning, match=r"do not cast or train the base model in between"):
         model.unmerge_adapter()
     assert layer.get_base_layer().weight.dtype == torch.float64
     torch.testing.assert_close(layer.get_base_layer().weight.detach().float(), original)

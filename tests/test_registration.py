@@ -114,5 +114,5 @@ def test_a_type_that_is_taken_is_a_clear_error(monkeypatch):
 
 def test_a_refusal_of_peft_is_passed_on(monkeypatch):
     monkeypatch.delitem(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.KRONA)
-    with pytest.raises(RegistrationError, match="PEFT refuses to register KRONA: .*krona"):
+    with pytest.raises(RegistrationError, match=r"PEFT refuses to register KRONA: .*krona"):
         _register.register(KronAConfig, KronAModel, KronALayer)

@@ -50,9 +50,10 @@ def combine_adapters(
     with torch.no_grad():
         for name, present in parts.items():
             layer = layers[name]
-            A = torch.cat([layer.krona_A[a].float() * (w * layer.scaling[a]) for a, w in present])
-            B = torch.cat([layer.krona_B[a].float() for a, _ in present])
             source = layer.krona_A[present[0][0]]
+            dtype = torch.promote_types(source.dtype, torch.float32)
+            A = torch.cat([layer.krona_A[a].to(dtype) * (w * layer.scaling[a]) for a, w in present])
+            B = torch.cat([layer.krona_B[a].to(dtype) for a, _ in present])
             layer.krona_A[adapter_name].data = A.to(source.device, source.dtype)
             layer.krona_B[adapter_name].data = B.to(source.device, source.dtype)
             layer.set_requires_grad(adapter_name, False)
@@ -81,6 +82,14 @@ def _check_arguments(
         raise ConfigError(f"Weights must be finite, got {weights}.")
     if len(set(adapters)) != len(adapters):
         raise ConfigError(f"Each adapter may be named once, got {adapters}.")
+    for name in adapters:
+        for field, unused in (("modules_to_save", (None, [])), ("bias", ("none",))):
+            value = getattr(model.peft_config[name], field)
+            if value not in unused:
+                raise ConfigError(
+                    f"Cannot combine adapter {name!r}: it was trained with {field}={value!r}, which is no part of the "
+                    "factors and would be left out. Merge instead, or combine adapters without it."
+                )
 
 
 def _check_same_layout(layouts: dict[str, str]) -> None:
