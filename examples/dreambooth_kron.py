@@ -16,7 +16,6 @@ import errno
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -148,6 +147,7 @@ def main(args: Any) -> dict[str, Any]:
     free_memory()
 
     # -- adapter -------------------------------------------------------------------------------------------------------
+    set_seed(args.seed)  # the same start, whether or not class images were made just now
     for name, model in trained.items():
         adapters.add_adapter(model, adapters.adapter_config(args, name), name)
         cast_training_params(model, dtype=torch.float32)
@@ -382,9 +382,16 @@ def make_output(folder: Path) -> None:
 
 
 def peak_memory() -> int:
+    """MiB: of the GPU, or of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset >> 20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
 def run(argv: list[str]) -> int:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, safe_open
 
 pytest.importorskip("diffusers")
@@ -24,7 +25,7 @@ import dreambooth_pipelines as tiny
 from accelerate.state import AcceleratorState, PartialState
 
 from examples import dreambooth_kron
-from examples.dreambooth import TrainingError, card, checkpoint
+from examples.dreambooth import TrainingError, card, checkpoint, demo
 from examples.dreambooth.arguments import parse_args
 
 SCRIPT = Path(dreambooth_kron.__file__)
@@ -421,3 +422,34 @@ def test_mistakes_end_in_one_clear_line(tiny_sd, pictures, tmp_path, capsys, cha
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and re.search(message, error), error
     assert not list((tmp_path / "out").glob("*/adapter_model.safetensors"))
+
+
+# -- the run without arguments -----------------------------------------------------------------------------------------
+
+
+def test_demo_prints_a_table_and_shows_a_grid(tiny_sd, tmp_path, monkeypatch, capsys):
+    """The shipped subject on a tiny pipeline, with a judge that sees nothing but teapots."""
+    from examples.emoji_sd import judge
+
+    class Teapots:
+        names = ("dog", "teapot")
+
+        def concept_scores(self, images):
+            return torch.tensor([[0.0, 1.0]]).repeat(len(images), 1)
+
+    monkeypatch.setattr(judge.Judge, "load", classmethod(lambda cls: Teapots()))
+    monkeypatch.setattr(demo, "PIPELINE", tiny_sd)
+    monkeypatch.setattr(demo, "SAMPLER", {"num_inference_steps": 1})
+    monkeypatch.setattr(demo, "DEFAULT_SUBJECT", "teapot")
+    settings = demo.settings
+    quick = {"max_train_steps": 1, "output_dir": str(tmp_path / "out"), "report_to": "none", "export": "none"}
+    monkeypatch.setattr(demo, "settings", lambda subject: settings(subject) | quick)
+    assert dreambooth_kron.run([]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    table = next(i for i, line in enumerate(lines) if line.startswith("background  "))
+    assert len(lines[table + 1 : lines.index("", table)]) == 8  # seven backgrounds and the sum
+    assert lines[table + 8].split()[0] == "all" and "100%" in lines[table + 8]
+    named = {line.split(":")[0]: Path(line.split()[1]) for line in lines[-3:]}
+    assert list(named) == ["adapter", "table", "grid"] and all(path.exists() for path in named.values())
+    with Image.open(named["grid"]) as grid:
+        assert grid.size == (150 + 8 * 96, 8 * 96)
