@@ -212,8 +212,9 @@ def to_lora_peft(
 def _lora_config(component: str, ranks: Mapping[str, int]) -> dict[str, Any]:
     """The LoRA config of a component whose layers have these ranks, alpha = rank in each.
 
-    PEFT takes names and pattern keys for the ends of names too. For a text encoder that lets one name stand for a layer
-    with and without `text_model.`. Elsewhere it must not: "proj_out" of Flux is no "single_transformer_blocks.0.proj_out".
+    PEFT takes names and pattern keys for the ends of names too. In a text encoder that lets one name stand for a layer
+    with and without `text_model.`. Elsewhere it must not: Flux has both "proj_out" and
+    "single_transformer_blocks.0.proj_out".
     """
     if component.startswith("text_encoder"):
         ranks = {module.removeprefix("text_model."): rank for module, rank in ranks.items()}

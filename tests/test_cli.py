@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m peft_krona, command by command, on a tiny pipeline."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from convert_fixtures import anything, attention, image, random_adapter, relative, tiny_pipeline
+from safetensors.torch import load_file, save_file
+
+from peft_krona.__main__ import main
+from peft_krona.convert import Adapter, export, read_adapter
+from peft_krona.pipelines import load_krona_weights
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["sd", "sdxl"])
+def pipe(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipe")
+    pipe = tiny_pipeline(folder, request.param)
+    pipe.save_pretrained(folder / "pipe")
+    pipe.folder = str(folder / "pipe")
+    return pipe
+
+
+def parts(pipe):
+    return {name: part for name, part in pipe.components.items() if name in ("unet", "text_encoder", "text_encoder_2")}
+
+
+def adapter_folder(pipe, tmp_path, **kwargs):
+    adapter = random_adapter(parts(pipe), kwargs.pop("select", attention), **kwargs)
+    export(adapter, tmp_path / "adapter", "peft")
+    return adapter, str(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("layout", "r", "to", "endings"),
+    [
+        ("kron", 1, "auto", ("lokr_w1", "lokr_w2", "alpha")),
+        ("diffusekrona", 1, "auto", ("hada_w1_a", "alpha")),
+        ("kron", 2, "lora", ("lora_down.weight", "alpha")),
+        ("kron", 2, "diff", ("diff",)),
+    ],
+)
+def test_convert(pipe, layout, r, to, endings, tmp_path, capsys):
+    adapter, source = adapter_folder(pipe, tmp_path, layout=layout, r=r)
+    out = tmp_path / "out.safetensors"
+    assert (
+        main(["convert", source, str(out), "--to", to, "--base", pipe.folder, "--dtype", "fp32", "--trigger", "zwx"])
+        == 0
+    )
+    text = capsys.readouterr().out
+    keys = load_file(out)
+    assert all(any(key.endswith(ending) for key in keys) for ending in endings)
+    assert "worst relative error" in text and "MiB" in text and f"read {len(adapter)} layers" in text
+    xl = "text_encoder_2" in pipe.components
+    assert any(key.startswith("lora_te1_text_model" if xl else "lora_te_text_model") for key in keys)
+    assert any("input_blocks" in key for key in keys) == xl
+    if to == "auto":
+        assert ("lokr (" if layout == "kron" else "loha (") in text
+
+
+def test_convert_scales_and_splits(pipe, tmp_path, capsys):
+    adapter, source = adapter_folder(pipe, tmp_path, r=2, factors=(4, 4))
+    out = tmp_path / "out"
+    arguments = [
+        "convert",
+        source,
+        str(out),
+        "--to",
+        "lokr",
+        "--base",
+        pipe.folder,
+        "--dtype",
+        "fp32",
+        "--scale",
+        "0.5",
+    ]
+    assert main(arguments) == 1
+    assert "error: " in (text := capsys.readouterr().err) and "--split-terms" in text and len(text.splitlines()) == 1
+    assert main([*arguments, "--split-terms"]) == 0
+    read = [{layer.name: layer for layer in read_adapter(tmp_path / f"out_term{n}of2.safetensors")} for n in (1, 2)]
+    for layer in adapter:
+        total = sum(terms[layer.name].delta_weight() for terms in read)
+        assert relative(total, layer.delta_weight() * 0.5) < 1e-6
+
+
+def test_convert_checks_against_the_base_folder(pipe, tmp_path, capsys):
+    adapter, _ = adapter_folder(pipe, tmp_path)
+    layer = next(layer for layer in adapter if layer.module.endswith("attn1.to_q"))
+    stranger = Adapter((type(layer)(layer.component, layer.module, layer.A, layer.B.repeat(1, 2, 1)),))
+    export(stranger, tmp_path / "stranger", "peft")
+    assert main(["convert", str(tmp_path / "stranger"), str(tmp_path / "x"), "--base", pipe.folder]) == 1
+    assert layer.name in (text := capsys.readouterr().err) and "base model's is" in text
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_merge_gives_the_native_adapters_image(pipe, tmp_path, capsys):
+    _, source = adapter_folder(pipe, tmp_path, select=anything, factors=(8, 4), layout="diffusekrona")
+    out = tmp_path / "merged"
+    assert main(["merge", pipe.folder, source, str(out), "--scale", "0.5"]) == 0
+    merged = type(pipe).from_pretrained(out)
+    merged.set_progress_bar_config(disable=True)
+    native = type(pipe).from_pretrained(pipe.folder)
+    native.set_progress_bar_config(disable=True)
+    load_krona_weights(native, source, weight=0.5)
+    wanted = image(native)
+    assert relative(image(merged), wanted) < 1e-5 and relative(image(pipe), wanted) > 1e-3
+    assert main(["merge", pipe.folder, source, str(out)]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_merge_in_half_precision_rounds_once(pipe, tmp_path):
+    if "text_encoder_2" in pipe.components:
+        pytest.skip("one pipeline is enough")
+    adapter, source = adapter_folder(pipe, tmp_path)
+    assert main(["merge", pipe.folder, source, str(tmp_path / "merged"), "--dtype", "fp16"]) == 0
+    weights = load_file(tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors")
+    before = pipe.unet.state_dict()
+    for layer in adapter:
+        if layer.component == "unet":
+            wanted = before[f"{layer.module}.weight"].half().float() + layer.delta_weight(torch.float32)
+            assert torch.equal(weights[f"{layer.module}.weight"], wanted.half())
+
+
+def test_extract_finds_the_adapter_in_a_merged_model(pipe, tmp_path, capsys):
+    adapter, source = adapter_folder(pipe, tmp_path, factors=(8, 4), layout="diffusekrona")
+    assert main(["merge", pipe.folder, source, str(tmp_path / "merged")]) == 0
+    arguments = ["extract", f"{pipe.folder}/unet", str(tmp_path / "merged" / "unet"), str(tmp_path / "found")]
+    assert main([*arguments, "--a-out", "8", "--a-in", "4", "--layout", "diffusekrona"]) == 0
+    assert "of dW is lost in unet." in capsys.readouterr().out
+    found = {layer.name: layer for layer in read_adapter(tmp_path / "found")}
+    for layer in adapter:
+        if layer.component == "unet":
+            assert relative(found[layer.name].delta_weight(), layer.delta_weight()) < 1e-5
+
+
+def test_inspect_prints_a_table_and_draws(pipe, tmp_path, capsys):
+    adapter, source = adapter_folder(pipe, tmp_path)
+    assert main(["inspect", source, "--base", pipe.folder, "--plot", str(tmp_path / "x.png")]) == 0
+    text = capsys.readouterr().out
+    assert all(layer.name in text for layer in adapter) and f"{len(adapter)} layers" in text
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "missing", "out"], "missing: there is no such file"),
+        (["inspect", "lora.safetensors", "--base", "missing"], "no weight for"),
+        (["convert", "lora.safetensors", "out"], "--base sd15, sd2, sdxl"),
+        (["convert", "lora.safetensors", "out", "--base", "sd9"], "expected one of sd15, sd2, sdxl, or the folder"),
+        (["convert", "lora.safetensors", "out", "--base", "."], "expected a diffusers pipeline's folder"),
+        (["merge", ".", "lora.safetensors", "out"], "with model_index.json"),
+        (["extract", ".", ".", "out"], "do not differ"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    key = "lora_unet_mid_block_attentions_0_proj_in"
+    save_file(
+        {f"{key}.lora_down.weight": torch.ones(1, 4), f"{key}.lora_up.weight": torch.ones(4, 1)}, "lora.safetensors"
+    )
+    assert main(arguments) == 1
+    assert message in (text := capsys.readouterr().err) and len(text.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+def test_help_runs_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "peft_krona", "--help"], capture_output=True, text=True, check=True)
+    assert all(command in result.stdout for command in ("convert", "inspect", "merge", "extract"))
