@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
@@ -21,7 +22,7 @@ from .combine import combine_adapters
 from .config import KronAConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
-from .errors import UnsupportedLayerError
+from .errors import FormatError, UnsupportedLayerError
 from .layer import KronALayer, Linear
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,27 @@ class KronAModel(BaseTuner):
                 kwargs["factors"],
                 layer.factors(adapter_name),
             )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: KronAConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        # Called by PEFT (>= 0.21) before it loads weights; on its own it lets missing and left-over weights pass.
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        marker, end = f".{cls.prefix}", f".{adapter_name}"
+        wanted = {key: None for key in model.state_dict() if marker in key and key.endswith(end)}
+        problems = [f"no weights for {key.removesuffix(end)}" for key in wanted if key not in remapped]
+        problems += [f"no layer for {key}" for key in remapped if marker in key and key not in wanted]
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise FormatError(
+                f"The weights do not fit adapter {adapter_name!r}: {'; '.join(problems[:3])}{more}. Was it trained on "
+                "another base model or with other target_modules, or is the file damaged? Nothing was loaded; if this "
+                f"call added the adapter, delete_adapter({adapter_name!r}) removes it again."
+            )
+        return remapped
 
     def _check_all_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         for module in self.model.modules():
