@@ -27,8 +27,8 @@ from .render import (
 from .text import words
 from .vae import encode
 
-STEPS, BATCH, LR, WIDTH, OUT = 1500, 64, 1.5e-3, 16, 128
-PICTURES, VIEWS, MEMBERS = 14_000, 4, 1100
+STEPS, BATCH, LR, WIDTH, OUT = 1400, 64, 1.5e-3, 16, 128
+PICTURES, VIEWS, MEMBERS = 10_000, 4, 1000
 
 
 def all_emoji(package: Path) -> list[str]:

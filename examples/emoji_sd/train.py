@@ -26,7 +26,7 @@ from .text import build_tokenizer, tokenize
 HERE = Path(__file__).resolve().parent
 PIPELINE = HERE.parent / "assets" / "emoji-sd"
 JUDGE = HERE.parent / "assets" / "judge"
-STAGES = ("data", "vae", "latents", "clip", "unet", "decoder", "judge")
+STAGES = ("data", "vae", "latents", "clip", "judge", "unet", "decoder")
 PICTURES, CAPTIONS_EACH = 24_000, 2
 
 
@@ -103,6 +103,10 @@ def main() -> None:
     encoder = clip.train(args.run, tokenizer, mean, ids, **limits("clip", clip.STEPS)).text
     if reached("clip"):
         return
+    judge_train.train(args.run, package, autoencoder, JUDGE, **limits("judge", judge_train.STEPS))
+    if reached("judge"):
+        return
+
     exported = time.time()
 
     def export_latest(loop):
@@ -131,11 +135,8 @@ def main() -> None:
         return
     vae.train_decoder(args.run, autoencoder, raw, images, **limits("decoder", vae.DECODER_STEPS))
     export_unet(loop, args.output)
-    if reached("decoder"):
-        return
-    judge_train.train(args.run, package, autoencoder, JUDGE, **limits("judge", judge_train.STEPS))
     write_log(args.run, args.output / "training_log.json")
-    reached("judge")
+    reached("decoder")
 
 
 if __name__ == "__main__":
