@@ -112,7 +112,7 @@ def test_a_pickle_is_never_opened(tmp_path):
     for name in ("x.safetensors", "pytorch_lora_weights.bin", "x.pt"):
         path = tmp_path / name
         torch.save({"a.lokr_w1": Bomb()}, path)
-        with pytest.raises(FormatError, match="not opened|pickles can run code"):
+        with pytest.raises(FormatError, match=r"not opened|pickles can run code"):
             read_adapter(path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "adapter_config.json").write_text('{"peft_type": "KRONA"}')
@@ -322,6 +322,57 @@ def test_mutated_files_are_refused_or_read_as_before(kind, mutation, tmp_path):
             if layer.name in wanted:
                 assert torch.equal(layer.A, wanted[layer.name].A) and torch.equal(layer.B, wanted[layer.name].B)
     assert refused >= 12
+
+
+ODD_VALUES = [
+    None,
+    -1,
+    0,
+    1.5,
+    float("nan"),
+    True,
+    "x",
+    "(",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    {"(": 1},
+    {"to_q": "x"},
+    {"to_q": -1},
+]
+
+
+@pytest.mark.parametrize("kind", ["KRONA", "LOKR", "LORA"])
+def test_mutated_configs_are_refused_or_read(kind, tmp_path):
+    """Every entry of the config with every odd value."""
+    from dataclasses import fields
+
+    from peft import LoKrConfig, LoraConfig
+
+    from peft_krona import KronAConfig
+
+    q = f"base_model.model.{BLOCK}.to_q"
+    config, tensors = {
+        "KRONA": (
+            KronAConfig(a_out=4, a_in=2),
+            {f"{q}.krona_A": torch.ones(1, 4, 2), f"{q}.krona_B": torch.ones(1, 8, 16)},
+        ),
+        "LOKR": (LoKrConfig(r=2, alpha=2), {f"{q}.lokr_w1": torch.ones(4, 2), f"{q}.lokr_w2": torch.ones(8, 16)}),
+        "LORA": (LoraConfig(r=2), {f"{q}.lora_A.weight": torch.ones(2, 8), f"{q}.lora_B.weight": torch.ones(8, 2)}),
+    }[kind]
+    config.save_pretrained(str(tmp_path))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    path = tmp_path / "adapter_config.json"
+    original = json.loads(path.read_text())
+    assert read_adapter(tmp_path).layers[0].module == f"{BLOCK}.to_q"
+    for name in {field.name for field in fields(config)} | set(original):
+        for value in ODD_VALUES:
+            path.write_text(json.dumps(original | {name: value}))
+            try:
+                assert len(read_adapter(tmp_path)) == 1
+            except KronAError as error:
+                assert len(str(error)) > 30
 
 
 @pytest.mark.parametrize("kind", FILES)

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 
 from ..errors import FormatError
 from ..ops import kron_delta_weight
@@ -33,24 +32,23 @@ _DIALECTS = (
 )
 
 
-def from_lora(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Adapter:
+def from_lora(tensors: Mapping[str, torch.Tensor]) -> Adapter:
     """Read a LoRA file as KronA: exact, with a_out = out, a_in = 1, b_out = 1, b_in = in and r = rank.
 
     Args:
         tensors: keys of kohya's, diffusers' or PEFT's kind; convolutions with their kernel in the down half.
-        metadata: the file's; `lora_adapter_metadata` (diffusers) may hold alphas.
+            Without an alpha a layer's scale is 1.
 
     Raises:
         FormatError: names the layer: a half missing, shapes that do not fit, DoRA, a Tucker core, alpha not positive.
     """
-    alphas = _config_alphas(metadata or {})
     layers = []
     for stem, down, up, alpha in _pairs(tensors):
         component, module = _name(stem)
         if down.dim() < 2 or down.shape[0] == 0:
             raise FormatError(f"'{stem}': expected down (rank, in, *kernel), got {tuple(down.shape)}.")
         rank = down.shape[0]
-        scale = alphas(component, module, rank) if alpha is None else scalar_alpha(stem, alpha, rank) / rank
+        scale = scalar_alpha(stem, alpha, rank) / rank
         layers.append(KronaLayer(component, module, *as_krona_terms(stem, down, up), scale))
     return Adapter(tuple(layers), source="lora")
 
@@ -89,37 +87,6 @@ def as_krona_terms(name: str, down: torch.Tensor, up: torch.Tensor) -> tuple[tor
 
 def _name(stem: str) -> tuple[str, str]:
     return old_diffusers_name(stem) or from_name(stem.removesuffix(".lora").replace(".processor.", "."))
-
-
-def _config_alphas(metadata: Mapping[str, str]) -> Callable[[str, str, int], float]:
-    """scale(component, module, rank) by the LoRA config in diffusers' metadata; always 1 where there is none."""
-    if "lora_adapter_metadata" not in metadata:
-        return lambda component, module, rank: 1.0
-    try:
-        config = json.loads(metadata["lora_adapter_metadata"])
-    except json.JSONDecodeError as error:
-        raise FormatError(f"The metadata's lora_adapter_metadata is not JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise FormatError("The metadata's lora_adapter_metadata is not a table.")
-
-    def scale(component: str, module: str, rank: int) -> float:
-        own = {k.removeprefix(f"{component}."): v for k, v in config.items() if k.startswith(f"{component}.")}
-        return lora_scale(own or config, module, rank)
-
-    return scale
-
-
-def lora_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / rank (or / sqrt(rank) with use_rslora) of one layer by a PEFT LoRA config.
-
-    Raises:
-        FormatError: if alpha is not a number.
-    """
-    pattern = config.get("alpha_pattern") or {}
-    alpha = pattern.get(get_pattern_key(list(pattern), module), config.get("lora_alpha", rank))
-    if not isinstance(alpha, (int, float)):
-        raise FormatError(f"{module}: the LoRA config's alpha is {alpha!r}, not a number.")
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def low_rank(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,6 +191,7 @@ def _lora_config(component: str, ranks: Mapping[str, int]) -> dict[str, Any]:
     r = max(ranks.values())
     pattern = {f"{anchor}{re.escape(module)}": rank for module, rank in ranks.items() if rank != r}
     return {
+        "peft_type": "LORA",
         "r": r,
         "lora_alpha": r,
         "rank_pattern": pattern,

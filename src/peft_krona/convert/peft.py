@@ -7,6 +7,7 @@ component (`unet`, `text_encoder`, ...).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -15,17 +16,18 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from ..config import KronAConfig, scaling_factor
-from ..errors import FormatError
+from ..errors import ConfigError, FormatError
 from ..factors import choose_factors
 from ..model import layer_settings
 from .adapter import Adapter, KronaLayer
 from .lokr import as_krona_factors
-from .lora import as_krona_terms, lora_scale
+from .lora import as_krona_terms
 from .names import guess_component, kernel_of, to_file_name
 from .pairs import group_by_layer
 
 PEFT_PREFIX = "base_model.model."
 _LOKR_ENDINGS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+_LOKR_SETTINGS = (("alpha", "alpha_pattern"), ("r", "rank_pattern"))
 
 
 def from_peft(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], component: str | None = None) -> Adapter:
@@ -42,7 +44,7 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], co
     """
     kind = config.get("peft_type")
     readers = {"KRONA": _krona_layers, "LOKR": _lokr_layers, "LORA": _lora_layers}
-    if kind not in readers:
+    if not isinstance(kind, str) or kind not in readers:
         raise FormatError(f"adapter_config.json: peft_type={kind!r} cannot be read; expected one of {tuple(readers)}.")
     tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
     component = component or guess_component(tensors)
@@ -57,7 +59,12 @@ def _base_model(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _krona_layers(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], component: str) -> list[KronaLayer]:
     known = {field.name for field in fields(KronAConfig)}
-    settings = KronAConfig(**{key: value for key, value in config.items() if key in known})
+    try:
+        settings = KronAConfig(**{key: value for key, value in config.items() if key in known})
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:  # PEFT's own checks
+        raise FormatError(f"adapter_config.json: {error}") from error
     layers = []
     for module, parts in group_by_layer(tensors, ("krona_A", "krona_B")).items():
         A, B = parts["krona_A"], parts["krona_B"]
@@ -79,9 +86,7 @@ def _lokr_layers(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor],
     for module, parts in group_by_layer(tensors, (), _LOKR_ENDINGS).items():
         w1, w2 = as_krona_factors(module, parts)
         # PEFT applies alpha / r always, also with two full factors (LyCORIS does not).
-        r, alpha = (
-            _number(config, f"{name}_pattern", own, module) for name, own in (("rank", "r"), ("alpha", "alpha"))
-        )
+        alpha, r = (_setting(config, name, pattern, module) for name, pattern in _LOKR_SETTINGS)
         layer = KronaLayer(component, to_file_name(component, module), w1[None], w2[None], alpha / r)
         layers.append(layer if layer.kernel else layer.with_kernel(kernel_of(component, module, None)))
     return layers
@@ -95,15 +100,22 @@ def _lora_layers(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor],
     layers = []
     for module, parts in group_by_layer(tensors, ("lora_A.weight", "lora_B.weight")).items():
         A, B = as_krona_terms(module, parts["lora_A.weight"], parts["lora_B.weight"])
-        scale = lora_scale(config, module, A.shape[0])
+        alpha = _setting(config, "lora_alpha", "alpha_pattern", module)
+        scale = alpha / (A.shape[0] ** 0.5 if config.get("use_rslora") else A.shape[0])
         layers.append(KronaLayer(component, to_file_name(component, module), A, B, scale))
     return layers
 
 
-def _number(config: Mapping[str, Any], pattern_name: str, name: str, module: str) -> float:
+def _setting(config: Mapping[str, Any], name: str, pattern_name: str, module: str) -> float:
+    """A layer's alpha or rank: the pattern's where a key of it matches, as PEFT matches it, else the config's."""
     pattern = config.get(pattern_name) or {}
-    value = pattern.get(get_pattern_key(list(pattern), module), config.get(name))
-    if not isinstance(value, (int, float)) or not value > 0:
+    if not isinstance(pattern, dict):
+        raise FormatError(f"adapter_config.json: {pattern_name} is {pattern!r}; expected a table of layers.")
+    try:
+        value = pattern.get(get_pattern_key(list(pattern), module), config.get(name))
+    except re.error as error:
+        raise FormatError(f"adapter_config.json: {pattern_name} has a key that is no valid regex: {error}.") from error
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise FormatError(f"{module}: the config's {name} is {value!r}; expected a positive number.")
     return value
 

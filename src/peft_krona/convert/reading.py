@@ -114,12 +114,18 @@ def from_tensors(
     """The adapter in a file's tensors, whichever supported format that is; see `read_adapter`."""
     metadata = metadata or {}
     kind = detect(tensors)
-    if kind == "krona":
-        adapter = _from_diffusers_metadata(tensors, metadata)
+    config = _stored_config(metadata)
+    if config:
+        adapter = _from_stored_config(tensors, config)
+    elif kind == "krona":
+        raise FormatError(
+            "The file has KronA weights but no config, without which layout and scale are unknown. Read the folder "
+            "with adapter_config.json, not the weights alone."
+        )
     elif kind == "lokr":
         adapter = from_lokr(tensors, metadata, base)
     elif kind == "lora":
-        adapter = from_lora(tensors, metadata)
+        adapter = from_lora(tensors)
     else:
         adapter = from_diffusekrona(tensors)
     return replace(adapter, metadata={**_known_metadata(metadata), **adapter.metadata})
@@ -157,27 +163,24 @@ def detect(tensors: Mapping[str, torch.Tensor]) -> str:
     return "lora" if len(pairs) < len(tensors) or looks_like_lora(pairs) else "diffusekrona"
 
 
-def _from_diffusers_metadata(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Adapter:
-    """KronA in one file, as diffusers' save_lora_adapter and save_lora_weights write it: config in the metadata."""
-    raw = metadata.get("lora_adapter_metadata")
-    if raw is None:
-        raise FormatError(
-            "The file has KronA weights but no config, without which layout and scale are unknown. Read the folder "
-            "with adapter_config.json, not the weights alone."
-        )
+def _stored_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The PEFT config that diffusers' save_lora_adapter and save_lora_weights put into the metadata; {} if none."""
     try:
-        config = json.loads(raw)
-    except json.JSONDecodeError as error:
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise FormatError(f"The metadata's lora_adapter_metadata is not JSON: {error}.") from error
     if not isinstance(config, dict):
         raise FormatError("The metadata's lora_adapter_metadata is not a table.")
+    return config
+
+
+def _from_stored_config(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Adapter:
+    """One model's weights, or those of a pipeline's parts with their names as prefixes of keys and config entries."""
     if "peft_type" in config:
         return from_peft(config, tensors)
-    layers = []
-    for component in sorted({key.split(".")[0] for key in tensors}):
-        own: dict[str, Any] = _under(component, config)
-        layers += from_peft(own, _under(component, tensors), component).layers
-    return Adapter(tuple(layers), source="peft-krona")
+    components = dict.fromkeys(key.split(".")[0] for key in tensors)
+    adapters = [from_peft(_under(name, config), _under(name, tensors), name) for name in components]
+    return Adapter(tuple(layer for adapter in adapters for layer in adapter), source=adapters[0].source)
 
 
 def _under(component: str, table: Mapping[str, Any]) -> dict[str, Any]:
