@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package itself: which module may import which, and what works without optional packages."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import peft_krona
+from peft_krona import errors
+
+SOURCE = Path(peft_krona.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# A module imports only what stands above its own line; those of one line do not know each other.
+LAYERS = [
+    {"errors"},
+    {"factors", "_register"},
+    {"ops", "config"},
+    {"snapshot"},
+    {"layer"},
+    {"conv", "embedding", "merge", "combine"},
+    {"model"},
+    {"peft_krona"},  # __init__
+    {"convert"},
+    {"pipelines", "inspection"},
+    {"__main__"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# The only places where these are imported; "" is anywhere
+ALLOWED = {
+    "diffusers": ("pipelines", "convert"),
+    "triton": ("ops",),
+    "bitsandbytes": (),
+    "lycoris": (),
+    "matplotlib": ("inspection",),
+    "scipy": (),
+}
+
+
+def part(path: Path) -> str:
+    """The module, or the subpackage, that a file belongs to."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return "peft_krona" if parts == ("__init__",) else parts[0]
+
+
+def imports(path: Path):
+    """(line, absolute dotted name, is it inside a function) of every import that runs; typing-only ones do not."""
+    package = ["peft_krona", *path.relative_to(SOURCE).parent.parts]
+
+    def walk(node, nested):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.Import):
+                yield from ((child.lineno, alias.name, nested) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = package[: len(package) - child.level + 1] if child.level else []
+                module = ".".join([*base, *([child.module] if child.module else [])])
+                for alias in child.names:
+                    is_module = child.module is None or (module == "peft_krona" and alias.name in RANK)
+                    yield child.lineno, f"{module}.{alias.name}" if is_module else module, nested
+            yield from walk(child, nested or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+    return list(walk(ast.parse(path.read_text(encoding="utf-8")), False))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_run_one_way(path):
+    own = part(path)
+    assert own in RANK, f"{own} has no place in the order of modules"
+    for line, name, nested in imports(path):
+        if not name.startswith("peft_krona"):
+            continue
+        target = ([*name.split("."), "peft_krona"])[1] if name != "peft_krona" else "peft_krona"
+        if target == own and own in ("ops", "convert"):
+            continue
+        late = nested and own == "__main__"
+        assert RANK[target] < RANK[own] or late, f"{path.name}:{line} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_third_party_imports(path):
+    own = part(path)
+    for line, name, nested in imports(path):
+        top = name.split(".")[0]
+        where = f"{path.name}:{line}"
+        if own in ("ops", "factors", "errors"):
+            assert top not in ("peft", "transformers", "diffusers", "accelerate"), where
+        if own == "factors":
+            assert top != "torch", where
+        if top in ALLOWED:
+            assert own in ALLOWED[top], where
+            assert nested or top == "diffusers" or (top == "triton" and "triton" in path.name), f"{where}: not optional"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_every_file_names_its_license_and_has_a_docstring(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n")
+    assert ast.get_docstring(ast.parse(text))
+
+
+def test_works_without_optional_packages():
+    code = """
+import sys
+ABSENT = {"triton", "diffusers", "bitsandbytes", "matplotlib", "lycoris", "scipy", "hypothesis"}
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in ABSENT else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+import tempfile, torch, peft_krona
+import peft_krona.pipelines, peft_krona.convert, peft_krona.__main__
+from peft import PeftModel, get_peft_model
+def base():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Conv2d(2, 2, 1))[:1]
+model = get_peft_model(base(), peft_krona.KronAConfig(target_modules=["0"], a_out=4, a_in=2, init_weights=False))
+x = torch.randn(3, 8)
+model(x).sum().backward()
+want = model.eval()(x)
+with peft_krona.merged(model):
+    torch.testing.assert_close(model(x), want)
+with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    assert torch.equal(PeftModel.from_pretrained(base(), folder)(x), want)
+assert not ABSENT & set(sys.modules)
+print("fine")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.stdout.strip() == "fine", result.stderr
+
+
+def test_public_names():
+    assert set(peft_krona.__all__) == {"KronAConfig", "KronALayer", "KronAModel", "kron_linear", "merged"}
+    assert all(getattr(peft_krona, name).__doc__ for name in peft_krona.__all__)
+    assert (SOURCE / "py.typed").exists()
+    from peft_krona.convert import read_adapter
+    from peft_krona.pipelines import add_krona, load_krona_weights, save_krona_weights
+
+    assert all(f.__doc__ for f in (add_krona, load_krona_weights, save_krona_weights, read_adapter))
+
+
+def test_version():
+    pyproject = SOURCE.parents[1] / "pyproject.toml"
+    if not pyproject.exists():
+        pytest.skip("not run from a checkout")
+    assert re.search(r'^version = "(.+)"$', pyproject.read_text(), re.M)[1] == peft_krona.__version__
+
+
+def test_every_error_is_also_the_builtin_that_one_would_expect():
+    for name, error in vars(errors).items():
+        if isinstance(error, type) and error is not errors.KronAError and issubclass(error, Exception):
+            assert issubclass(error, errors.KronAError), name
+            assert issubclass(error, (ValueError, TypeError, RuntimeError)), name
