@@ -30,6 +30,7 @@ from examples.dreambooth import TrainingError
 from examples.dreambooth.adapters import load_adapters
 from examples.dreambooth.evaluate import for_sampling, load_pipeline
 from peft_krona import merged
+from peft_krona.errors import KronAError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -177,7 +178,7 @@ def run(argv: list[str]) -> int:
     try:
         main(build_parser().parse_args(argv))
         return 0
-    except TrainingError as error:
+    except (TrainingError, KronAError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
