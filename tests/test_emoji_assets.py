@@ -38,8 +38,8 @@ def judge():
 
 def test_pipeline_draws(pipeline):
     def draw_one():
-        generator = torch.Generator().manual_seed(0)
-        return pipeline("a cat on a teal background", num_inference_steps=4, generator=generator, output_type="np").images
+        options = {"generator": torch.Generator().manual_seed(0), "output_type": "np"}
+        return pipeline("a cat on a teal background", num_inference_steps=4, **options).images
 
     image = draw_one()
     assert image.shape == (1, 64, 64, 3)

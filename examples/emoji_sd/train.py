@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=PIPELINE, help="the pipeline folder to write")
     parser.add_argument("--latest", type=Path, help="a folder to export the U-Net's average to every 15 minutes")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
+    parser.add_argument("--skip", nargs="*", default=[], choices=["judge"], help="it can train in a process of its own")
     parser.add_argument("--steps", nargs="*", default=[], metavar="STAGE=N", help="steps of a stage")
     parser.add_argument("--minutes", nargs="*", default=[], metavar="STAGE=N", help="at most so long for a stage")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -103,7 +104,8 @@ def main() -> None:
     encoder = clip.train(args.run, tokenizer, mean, ids, **limits("clip", clip.STEPS)).text
     if reached("clip"):
         return
-    judge_train.train(args.run, package, autoencoder, JUDGE, **limits("judge", judge_train.STEPS))
+    if "judge" not in args.skip:
+        judge_train.train(args.run, package, autoencoder, JUDGE, **limits("judge", judge_train.STEPS))
     if reached("judge"):
         return
 

@@ -7,7 +7,7 @@ from torch.nn.functional import mse_loss
 
 from .loop import Loop, autocast
 
-STEPS, BATCH, LR, EMA, DROPOUT = 9000, 32, 5e-4, 0.999, 0.1
+STEPS, BATCH, LR, EMA, DROPOUT = 9000, 32, 1e-3, 0.998, 0.1
 
 
 def build(latent_size: int, latent_channels: int, text_width: int) -> UNet2DConditionModel:
