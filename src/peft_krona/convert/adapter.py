@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite, lcm, prod
 from typing import Any
@@ -226,10 +226,9 @@ def _peft_component(layers: list[KronaLayer], known: set[str] | None) -> tuple[K
             "Split the adapter by layout."
         )
     names = [to_module_name(layer.component, layer.module, known) for layer in layers]
-    keys = [f"^{re.escape(name)}" for name in names]
-    r, rank_pattern = _common(keys, (layer.r for layer in layers))
-    alpha, alpha_pattern = _common(keys, (float(layer.scale) for layer in layers))
-    (a_out, a_in), factor_pattern = _common(keys, (layer.factors for layer in layers))
+    r, rank_pattern = _default_and_pattern(names, [layer.r for layer in layers])
+    alpha, alpha_pattern = _default_and_pattern(names, [float(layer.scale) for layer in layers])
+    (a_out, a_in), factor_pattern = _default_and_pattern(names, [layer.factors for layer in layers])
     # PEFT also matches a listed name as the end of a longer one: short names go into a regex, which has to fit whole.
     short = any(name.count(".") < 2 for name in names)
     config = KronAConfig(
@@ -253,11 +252,36 @@ def _peft_component(layers: list[KronaLayer], known: set[str] | None) -> tuple[K
     return config, state_dict
 
 
-def _common(keys: list[str], values: Iterable[Hashable]) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value, and {key: value} of the others."""
-    values = list(values)
-    most = Counter(values).most_common(1)[0][0]
-    return most, {key: value for key, value in zip(keys, values, strict=True) if value != most}
+def _default_and_pattern(names: list[str], values: list[Any]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value, and {pattern key: value} of the layers that have another.
+
+    A key is the end of a name ("to_k", "attn2.to_k") where all layers of that end have that value, else one whole name:
+    the config stays short to read, and fast, as PEFT tries every key on every layer.
+
+    >>> _default_and_pattern(["x.a.q", "x.a.k", "y.a.q", "y.a.k", "y.b.q"], [1, 2, 1, 2, 3])
+    (1, {'k': 2, 'b\\\\.q': 3})
+    """
+    default = Counter(values).most_common(1)[0][0]
+    found: dict[str, set[Any]] = {}
+    for name, value in zip(names, values, strict=True):
+        for end in _ends(name):
+            found.setdefault(end, set()).add(value)
+    pattern = {}
+    for name, value in zip(names, values, strict=True):
+        if value != default:
+            end = next((end for end in _ends(name) if len(found[end]) == 1), None)
+            pattern[f"^{re.escape(name)}" if end is None else re.escape(end)] = value
+    return default, pattern
+
+
+def _ends(name: str) -> list[str]:
+    """The last one and two parts of a dotted name; a number goes with what is before it ("to_out.0").
+
+    >>> _ends("mid_block.attn1.to_out.0")
+    ['to_out.0', 'attn1.to_out.0']
+    """
+    parts = re.findall(r"[^.]*[^.\d][^.]*(?:\.\d+)*", name) or [name]
+    return [".".join(parts[-n:]) for n in (1, 2)]
 
 
 def _fit(layer: KronaLayer, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> KronaLayer:
