@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m peft_krona, command by command, on a tiny pipeline."""
 
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -166,6 +166,10 @@ def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
 
 
-def test_help_runs_as_a_module():
-    result = subprocess.run([sys.executable, "-m", "peft_krona", "--help"], capture_output=True, text=True, check=True)
-    assert all(command in result.stdout for command in ("convert", "inspect", "merge", "extract"))
+def test_it_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["peft_krona", "--help"])
+    with pytest.raises(SystemExit) as status:
+        runpy.run_module("peft_krona", run_name="__main__")
+    assert status.value.code == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("convert", "inspect", "merge", "extract"))

@@ -46,7 +46,7 @@ def real_unet(kind):
 @pytest.mark.parametrize("kind", BASES)
 def test_every_layer_of_the_real_unets_there_and_back(kind):
     shapes = shapes_of_models({"unet": real_unet(kind)})["unet"]
-    names = {to_kohya_name("unet", module, BASES[kind], False): module for module in shapes}
+    names = {to_kohya_name("unet", module, BASES[kind]): module for module in shapes}
     assert len(names) == len(shapes)
     for name, module in names.items():
         assert from_name(name) == ("unet", module)
@@ -130,3 +130,9 @@ def test_components_are_guessed_from_names():
     assert guess_component(shapes_of_models({"unet": tiny_unet()})["unet"]) == "unet"
     assert guess_component(["encoder.layers.0.self_attn.q_proj"]) == "text_encoder"
     assert guess_component(["model.layers.0.q_proj"]) == "model"
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("sd15", "lora_te_"), ("sd2", "lora_te_"), ("sdxl", "lora_te1_")])
+def test_the_first_text_encoders_prefix_follows_the_model_not_the_adapter(kind, prefix):
+    module = "text_model.encoder.layers.0.mlp.fc1"
+    assert to_kohya_name("text_encoder", module, BASES[kind]) == f"{prefix}text_model_encoder_layers_0_mlp_fc1"

@@ -78,6 +78,7 @@ def base_of_folder(folder: str | os.PathLike) -> UNetNames | None:
         cross_attention_dim=cross,
         linear_projection=bool(config.get("use_linear_projection")),
         up_attention=up_attention,
+        two_text_encoders=is_xl,
         layers_per_block=layers_per_block,
     )
 

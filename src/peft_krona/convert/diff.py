@@ -18,9 +18,8 @@ def to_diff(adapter: Adapter, base: UNetNames, dtype: torch.dtype = torch.float1
     Raises:
         FormatError: if a component has no name in such files.
     """
-    two = "text_encoder_2" in adapter.components
     return {
-        f"{to_kohya_name(layer.component, layer.module, base, two)}.diff": layer.delta_weight().to(dtype)
+        f"{to_kohya_name(layer.component, layer.module, base)}.diff": layer.delta_weight().to(dtype)
         for layer in adapter
     }
 

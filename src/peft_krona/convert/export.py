@@ -188,8 +188,7 @@ def _export_file(
             raise FormatError("A file for this format needs the base model's kind: base='sd15', 'sd2' or 'sdxl'.")
         adapter = _with_whole_attentions(adapter, base)
         tensors = _WRITERS[to](adapter, base, dtype)
-        two = "text_encoder_2" in adapter.components
-        names = {to_kohya_name(layer.component, layer.module, base, two): layer for layer in adapter}
+        names = {to_kohya_name(layer.component, layer.module, base): layer for layer in adapter}
         metadata = _kohya_metadata(adapter, tensors, to, base, out.stem)
     if len(names) != len(adapter):
         raise FormatError("Two layers have the same name in this format; the adapter cannot be written as such a file.")

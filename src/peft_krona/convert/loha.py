@@ -64,9 +64,8 @@ def to_loha(adapter: Adapter, base: UNetNames, dtype: torch.dtype = torch.float1
         FormatError: names the layer with more than one term, and the formats that can hold it.
     """
     tensors = {}
-    two = "text_encoder_2" in adapter.components
     for layer in adapter:
-        name = to_kohya_name(layer.component, layer.module, base, two)
+        name = to_kohya_name(layer.component, layer.module, base)
         factors = loha_factors(layer)
         tensors |= {f"{name}.{ending}": factor.to(dtype) for ending, factor in zip(_FACTORS, factors, strict=True)}
         tensors[f"{name}.alpha"] = torch.tensor(float(factors[0].shape[1]))

@@ -135,12 +135,12 @@ def _unfolded_scale(metadata: Mapping[str, str]) -> float | None:
         return None
     try:
         arguments = json.loads(metadata.get("ss_network_args", "{}"))
-    except json.JSONDecodeError as error:
-        raise FormatError(f"The metadata's ss_network_args is not JSON: {error}.") from error
-    if not isinstance(arguments, dict) or str(arguments.get("use_cdka_scale", "false")).lower() != "true":
-        return None
-    alpha = arguments.get("krona_alpha")
-    return None if alpha is None else float(alpha)
+        if not isinstance(arguments, dict) or str(arguments.get("use_cdka_scale", "false")).lower() != "true":
+            return None
+        alpha = arguments.get("krona_alpha")
+        return None if alpha is None else float(alpha)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"The metadata's ss_network_args cannot be read, and with it the scale: {error}.") from error
 
 
 def _shapes(parts: Mapping[str, torch.Tensor]) -> str:
@@ -176,13 +176,12 @@ def to_lokr(adapter: Adapter, base: UNetNames, dtype: torch.dtype = torch.float1
         FormatError: names the layer that LoKr cannot hold, and the formats that can.
     """
     tensors = {}
-    two = "text_encoder_2" in adapter.components
     for layer in adapter:
         plain = as_plain_kron(layer)
         if plain is None:
             raise FormatError(_refusal(layer))
         w1, w2 = plain.balanced()
-        name = to_kohya_name(layer.component, layer.module, base, two)
+        name = to_kohya_name(layer.component, layer.module, base)
         tensors[f"{name}.lokr_w1"] = w1[0].to(dtype)
         tensors[f"{name}.lokr_w2"] = w2[0].to(dtype)
         tensors[f"{name}.alpha"] = torch.tensor(1.0)

@@ -140,12 +140,11 @@ def to_lora(adapter: Adapter, base: UNetNames, dtype: torch.dtype = torch.float1
     Raises:
         FormatError: if a component has no name in such files.
     """
-    two = "text_encoder_2" in adapter.components
     pairs = [lora_factors(layer) for layer in adapter]
     alpha = max(up.shape[1] for up, _ in pairs)
     tensors = {}
     for layer, (up, down) in zip(adapter, pairs, strict=True):
-        name = to_kohya_name(layer.component, layer.module, base, two)
+        name = to_kohya_name(layer.component, layer.module, base)
         share = (up.shape[1] / alpha) ** 0.5
         up, down = _in_layer_shape(layer, up * share, down * share)
         tensors[f"{name}.lora_down.weight"] = down.to(dtype)

@@ -111,12 +111,13 @@ class UNetNames:
     """What of a UNet's architecture its LDM names depend on.
 
     Attributes:
-        layers_per_block: resnets in a level of the down path (one more in the up path).
-        up_attention: whether each level of the up path has attention (its upsampler comes after it).
         style: "diffusers" or "ldm": the names that other tools expect in files for this model.
         version: `ss_base_model_version`. architecture: `modelspec.architecture`.
         cross_attention_dim: input size of attn2.to_k, by which a model is recognised.
         linear_projection: proj_in and proj_out of the attention blocks are Linear, not 1 x 1 convolutions.
+        up_attention: whether each level of the up path has attention (its upsampler comes after it).
+        two_text_encoders: the first one's layers are `lora_te1_...` then, else `lora_te_...`.
+        layers_per_block: resnets in a level of the down path (one more in the up path).
     """
 
     style: str
@@ -125,16 +126,16 @@ class UNetNames:
     cross_attention_dim: int
     linear_projection: bool
     up_attention: tuple[bool, ...]
+    two_text_encoders: bool = False
     layers_per_block: int = 2
 
 
+_SD_UP_ATTENTION = (False, True, True, True)
 BASES = {
-    "sd15": UNetNames("diffusers", "sd_v1", "stable-diffusion-v1", 768, False, up_attention=(False, True, True, True)),
-    "sd2": UNetNames(
-        "diffusers", "sd_v2", "stable-diffusion-v2-512", 1024, True, up_attention=(False, True, True, True)
-    ),
+    "sd15": UNetNames("diffusers", "sd_v1", "stable-diffusion-v1", 768, False, _SD_UP_ATTENTION),
+    "sd2": UNetNames("diffusers", "sd_v2", "stable-diffusion-v2-512", 1024, True, _SD_UP_ATTENTION),
     "sdxl": UNetNames(
-        "ldm", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", 2048, True, up_attention=(True, True, False)
+        "ldm", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", 2048, True, (True, True, False), two_text_encoders=True
     ),
 }
 
@@ -320,18 +321,18 @@ def from_name(name: str) -> tuple[str, str]:
     raise FormatError(f"The layer name '{name}' does not begin with a component such as 'unet.' or 'lora_unet_'.")
 
 
-def to_kohya_name(component: str, module: str, base: UNetNames, two_text_encoders: bool) -> str:
+def to_kohya_name(component: str, module: str, base: UNetNames) -> str:
     """The flat name that ComfyUI, A1111 and kohya's tools expect in a file for this model.
 
     Raises:
         FormatError: if the component has no such name.
 
-    >>> to_kohya_name("unet", "mid_block.attentions.0.proj_in", BASES["sdxl"], True)
+    >>> to_kohya_name("unet", "mid_block.attentions.0.proj_in", BASES["sdxl"])
     'lora_unet_middle_block_1_proj_in'
     """
     prefixes = {
         "unet": "lora_unet_",
-        "text_encoder": "lora_te1_" if two_text_encoders else "lora_te_",
+        "text_encoder": "lora_te1_" if base.two_text_encoders else "lora_te_",
         "text_encoder_2": "lora_te2_",
     }
     if component not in prefixes:

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import FormatError
+from ..errors import FormatError, KronAError
 from .adapter import Adapter
 from .diffusekrona import from_diffusekrona, looks_like_lora
 from .files import read_safetensors
@@ -59,11 +60,8 @@ def read_adapter(path: str | os.PathLike, base: UNetNames | None = None) -> Adap
     if path.name == "adapter_model.safetensors" and (path.parent / "adapter_config.json").is_file():
         return _read_peft_folder(path.parent, None)
     tensors, metadata = read_safetensors(path)
-    try:
-        adapter = from_tensors(tensors, metadata, base)
-    except FormatError as error:
-        raise FormatError(f"{path}: {error}") from error
-    return adapter
+    with _naming(path):
+        return from_tensors(tensors, metadata, base)
 
 
 def _read_folder(path: Path, base: UNetNames | None) -> Adapter:
@@ -101,11 +99,18 @@ def _read_peft_folder(path: Path, component: str | None) -> Adapter:
     if not isinstance(config, dict):
         raise FormatError(f"{config_file}: expected a JSON object, got {type(config).__name__}.")
     tensors, metadata = read_safetensors(weights)
-    try:
+    with _naming(path):
         adapter = from_peft(config, tensors, component)
-    except FormatError as error:
-        raise FormatError(f"{path}: {error}") from error
     return replace(adapter, metadata={**_known_metadata(metadata), **adapter.metadata})
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file's name before the messages of the readers, which only see tensors."""
+    try:
+        yield
+    except KronAError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def from_tensors(
