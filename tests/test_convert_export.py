@@ -304,6 +304,8 @@ def test_one_alpha_for_the_whole_lora_file():
     tensors = to_lora(adapter, BASES["sdxl"])
     assert len({t.item() for key, t in tensors.items() if key.endswith(".alpha")}) == 1
     assert len({t.shape[0] for key, t in tensors.items() if "down" in key}) > 1
+    for layer, again in zip(adapter, from_tensors(tensors), strict=True):
+        assert relative(again.delta_weight(), judge(layer)) < tolerance(torch.float16)
 
 
 def test_lora_for_transformers_carries_ranks_and_alphas():

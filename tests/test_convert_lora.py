@@ -133,6 +133,15 @@ def test_native_adapters_of_every_kind_of_layer_through_peft(tmp_path):
     assert {layer.r for layer in adapter} == {1, 2} and anything("unet", layer.module)
 
 
+def test_weights_trained_beside_the_adapter_are_left_to_peft(tmp_path):
+    from peft_krona import KronAConfig
+
+    config = KronAConfig(target_modules=["to_q"], a_out=8, a_in=4, modules_to_save=["conv_out"])
+    get_peft_model(tiny_unet(), config).save_pretrained(tmp_path)
+    with pytest.raises(FormatError, match=r"'conv_out\.(weight|bias)' is a whole weight .* PeftModel.from_pretrained"):
+        read_adapter(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

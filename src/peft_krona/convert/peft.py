@@ -27,6 +27,7 @@ from .pairs import group_by_layer
 
 PEFT_PREFIX = "base_model.model."
 _LOKR_ENDINGS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+_FACTOR = re.compile(r"\.(krona|lokr|lora)_")
 _LOKR_SETTINGS = (("alpha", "alpha_pattern"), ("r", "rank_pattern"))
 
 
@@ -47,6 +48,12 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], co
     if not isinstance(kind, str) or kind not in readers:
         raise FormatError(f"adapter_config.json: peft_type={kind!r} cannot be read; expected one of {tuple(readers)}.")
     tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+    extra = next((key for key in tensors if not _FACTOR.search(key)), None)
+    if extra is not None:
+        raise FormatError(
+            f"'{extra}' is a whole weight that was trained beside the adapter (bias or modules_to_save). Only PEFT "
+            "itself loads such adapters: PeftModel.from_pretrained(model, folder)."
+        )
     component = component or guess_component(tensors)
     layers = readers[kind](config, tensors, component)
     return Adapter(tuple(layers), source=f"peft-{kind.lower()}", metadata=_base_model(config))
