@@ -16,7 +16,7 @@ from .config import KronAConfig, scaling_factor
 from .errors import MergeError
 from .factors import choose_factors
 from .ops import kron_delta_weight, kron_linear, linear_kron_linear
-from .snapshot import BaseWeightSnapshot, subtract_with_warning
+from .snapshot import BaseWeightSnapshot, dequantized, subtract_with_warning
 
 
 class FactorDict(nn.ParameterDict):
@@ -157,6 +157,12 @@ class KronALayer(nn.Module, BaseTunerLayer):
                 self.scaling[name] = self.base_scaling[name] if scale is None else self.scaling[name] / scale
 
     # -- merging ------------------------------------------------------------------------------------------------
+
+    def get_base_weight(self) -> torch.Tensor:
+        """The base weight, dequantized where it is quantized."""
+        if self.quantization_backend is not None:
+            return dequantized(self.quantization_backend, self.get_base_layer())
+        return super().get_base_weight()
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """dW of one adapter in the base weight's shape, contiguous, in fp32 (fp64 for fp64 factors)."""

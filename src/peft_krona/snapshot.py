@@ -35,11 +35,11 @@ class BaseWeightSnapshot:
         """The weight before the merge, as a plain float tensor; do not modify it."""
         if not self._quantized:
             return self._weight
-        current = self._put_back(self._weight)
+        current = self._swap(self._weight, self._state)
         try:
-            return layer.quantization_backend.get_base_weight(self._base_layer)
+            return dequantized(layer.quantization_backend, self._base_layer)
         finally:
-            self._put_back(current)
+            self._swap(*current)
 
     def seal(self) -> None:
         """Remember the merged weight's bits, to notice later whether something else changed it."""
@@ -54,19 +54,33 @@ class BaseWeightSnapshot:
         """Put the original weight back, bit for bit."""
         if self._quantized:
             self._owner.base_layer = self._base_layer  # some backends (HQQ) replace the module on merge
-            self._put_back(self._weight)
-            if self._state is not None:
-                self._base_layer.state = self._state
+            self._swap(self._weight, self._state)
         else:
             weight = self._base_layer.weight
             weight.data = self._weight.to(weight.device)
 
-    def _put_back(self, weight: torch.Tensor | None) -> torch.Tensor | None:
-        """Swap a quantized weight object; returns the one that was there."""
-        current = self._base_layer._parameters.get("weight")
+    def _swap(self, weight: torch.Tensor | None, state: Any) -> tuple[torch.Tensor | None, Any]:
+        """Give the quantized layer these objects; returns those that it had."""
+        base = self._base_layer
+        current = base._parameters.get("weight"), getattr(base, "state", None)
         if weight is not None:
-            self._base_layer._parameters["weight"] = weight
+            base._parameters["weight"] = weight
+        if state is not None:
+            base.state = state
         return current
+
+
+def dequantized(backend: Any, base_layer: nn.Module) -> torch.Tensor:
+    """The weight of a quantized layer as a plain tensor.
+
+    On some CPUs bitsandbytes repacks 4-bit weights when they are first used for inference, which PEFT's dequantization
+    would misread. Taking a state dict undoes it, on a copy here, as that loses a little precision.
+    """
+    quant_state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        base_layer = copy.deepcopy(base_layer)
+        base_layer.state_dict()
+    return backend.get_base_weight(base_layer)
 
 
 def _owner_of(layer: nn.Module, base_layer: nn.Module) -> nn.Module:
