@@ -68,8 +68,9 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(base, **kwargs.pop("quantization_kwargs", {}))
         self.in_features, self.out_features = self._features(base)
         self._active_adapter = adapter_name
+        for module in (self, self.krona_A, self.krona_B, self.krona_dropout):
+            module.training = base.training  # no dropout in a model that is in eval mode
         self.update_layer(adapter_name, config=config, **kwargs)
-        self.train(base_layer.training)  # no dropout in a model that is in eval mode
 
     # -- what the layer types define ----------------------------------------------------------------------------
 

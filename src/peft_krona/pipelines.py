@@ -255,9 +255,15 @@ def _save_component(model: nn.Module, config: KronAConfig, adapter_name: str, fo
         new.mkdir()
         config.save_pretrained(str(new))
         save_file(state_dict, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        old = Path(scratch, "old")
         if folder.exists():
-            os.replace(folder, Path(scratch, "old"))
-        os.replace(new, folder)
+            os.replace(folder, old)
+        try:
+            os.replace(new, folder)
+        except BaseException:
+            if old.exists():
+                os.replace(old, folder)
+            raise
     return folder
 
 
@@ -315,7 +321,8 @@ class _ModelState:
         for layer, names, active in self.layers:
             for name in set(layer._all_available_adapter_names()) - set(names):
                 for attribute in layer.adapter_layer_names + layer.other_param_names:
-                    getattr(layer, attribute).pop(name, None)
+                    if name in getattr(layer, attribute):
+                        del getattr(layer, attribute)[name]
             layer.set_adapter(active)
         for module, children in self.children:
             if not isinstance(module, (nn.ParameterDict, nn.ModuleDict)):
