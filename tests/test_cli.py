@@ -166,6 +166,7 @@ def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_it_runs_as_a_module(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["peft_krona", "--help"])
     with pytest.raises(SystemExit) as status:

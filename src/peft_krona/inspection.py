@@ -202,7 +202,9 @@ def row_of(layer: KronaLayer) -> str:
 def _label(layer: KronaLayer) -> str:
     """Short name of one layer: block, transformer block in it, kind."""
     match = re.search(r"attentions\.\d+\.transformer_blocks\.(\d+)", layer.module)
-    return f"{row_of(layer)}{f' #{match[1]}' if match else ''} {column_of(layer.module)}"
+    kind = column_of(layer.module)
+    kind = layer.module.rpartition(".")[2] if kind == "other" else kind
+    return f"{row_of(layer)}{f' #{match[1]}' if match else ''} {kind}"
 
 
 def plot(stats: Sequence[LayerStats], path: str | os.PathLike, title: str = "") -> None:
@@ -268,7 +270,7 @@ def _draw_overview(figure, axis, stats: Sequence[LayerStats], rows: Sequence[str
     axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=9)
     axis.set_yticks(range(len(rows)), rows, fontsize=8 if len(rows) < 40 else 6)
     axis.set_title("size of the update by block: " + ("||dW|| / ||W||" if relative else "||dW||"), fontsize=10)
-    if grid.numel() <= 200:
+    if grid.numel() <= 300:
         middle = grid.nan_to_num().max() / 2
         for (i, j), value in np.ndenumerate(grid.numpy()):
             if value == value:  # not NaN: this block has such layers
