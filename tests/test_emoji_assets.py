@@ -114,7 +114,7 @@ def test_judge_knows_the_subjects(judge):
 def test_judge_tells_subjects_apart(judge):
     one, other = pictures("teapot"), pictures("guitar")
     for similarity in (judge.image_similarity, judge.subject_similarity):
-        assert similarity(one, one).min() > similarity(one, other).max()
+        assert similarity(one, one).mean() > similarity(one, other).mean() + 0.2
     with pytest.raises(ValueError, match="no word"):
         judge.concept_scores(one, ["xyzzy"])
     with pytest.raises(TypeError, match="PIL"):

@@ -98,4 +98,3 @@ def train(folder, tokenizer, latents: Tensor, ids: Tensor, steps: int = STEPS, d
 
     Loop("clip", folder, model, LR, steps, seed=2, deadline=deadline).run(loss)
     return model.eval()
-
