@@ -8,7 +8,7 @@
     judge.subject_similarity(images, others)               # the same in another space: stands in for DINO
     background_colour(images)                              # a name for each picture, from its border pixels alone
 
-Captions name background colours, so the space of texts sees the background as well as the emoji; the other one does not.
+Captions name background colours, so the space of texts sees the background too, as CLIP does; the other one does not.
 Pictures are PIL images of any size.  The text tower is a bag of known words; unknown words ("sks") count for nothing.
 The two image spaces are two heads on one trunk: one trained with captions (contrastively, as CLIP), the other without
 any name, on telling apart all emoji of the set whatever their pose, background and picture quality (as instance
