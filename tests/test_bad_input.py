@@ -42,7 +42,7 @@ def rewrite_config(folder, **fields):
 
 DAMAGE = {
     "truncated": (
-        lambda f: os.truncate(f / "adapter_model.safetensors", 200), SafetensorError, "Error while deserializing header"),
+        lambda f: os.truncate(f / "adapter_model.safetensors", 200), SafetensorError, "Error while deserial"),
     "cut short": (
         lambda f: os.truncate(f / "adapter_model.safetensors", (f / "adapter_model.safetensors").stat().st_size - 4),
         SafetensorError, "Error while deserializing header"),
@@ -56,7 +56,7 @@ if HAS_LOAD_HOOK:
     DAMAGE |= {
         "foreign": (
             lambda f: save_file({"a.weight": torch.zeros(3)}, f / "adapter_model.safetensors"), FormatError,
-            r"The weights do not fit adapter '\w+': no weights for base_model.model.lin0.krona_A; no weights for .*lin0."
+            r"The weights do not fit adapter '\w+': no weights for base_model.model.lin0.krona_A; no weights for .*in0."
             r"krona_B; no weights for .*lin1.krona_A \(and 1 more\). Was it trained on another base model"),
         "missing key": (
             lambda f: rewrite(f, lambda s: s.pop(KEY)), FormatError,
@@ -104,11 +104,11 @@ CONFIGS = {
     "bad value": ({"a_out": 0}, ConfigError, "KronAConfig.a_out=0 is not allowed; expected an integer >= 1"),
     "bad scaling": ({"scaling": "?"}, ConfigError, r"KronAConfig.scaling='\?' is not allowed; expected one of"),
     "contradiction": (
-        {"target_modules": "lin0", "layers_to_transform": [1]}, ConfigError, "cannot be used with target_modules as a st"),
-    "no such layer": ({"target_modules": ["nope"]}, ValueError, r"Target modules \{'nope'\} not found in the base model"),
+        {"target_modules": "lin0", "layers_to_transform": [1]}, ConfigError, "cannot be used with target_modules as"),
+    "no such layer": ({"target_modules": ["nope"]}, ValueError, r"Target modules \{'nope'\} not found in the base"),
     "no such type": ({"peft_type": "NOPE"}, KeyError, "NOPE"),
     "strict factors": (
-        {"a_out": 7, "strict_factors": True}, FactorError, "lin0: a_out=7 does not divide out_features=20. The nearest"),
+        {"a_out": 7, "strict_factors": True}, FactorError, "lin0: a_out=7 does not divide out_features=20. The n"),
 }  # fmt: skip
 
 
@@ -168,8 +168,8 @@ def test_refused_layers_come_before_anything_is_replaced_when_all_are():
 
 
 def test_strict_factor_error_names_the_nested_layer():
-    with pytest.raises(FactorError, match=r"^block.lin: a_in=5 does not divide in_features=12. The nearest divisors are 4 or 6; "
-                                          r"set them with factor_pattern=\{'block.lin': \(a_out, a_in\)\}"):  # fmt: skip
+    with pytest.raises(FactorError, match=r"^block.lin: a_in=5 does not divide in_features=12. The nearest divisors are 4 or "
+                                          r"6; set them with factor_pattern=\{'block.lin': \(a_out, a_in\)\}"):  # fmt: skip
         base = nn.ModuleDict({"block": nn.ModuleDict({"lin": nn.Linear(12, 8)})})
         get_peft_model(base, KronAConfig(target_modules=["lin"], a_out=8, a_in=5, strict_factors=True))
 

@@ -240,8 +240,8 @@ def test_saving_one_of_several(tmp_path):
     add_krona(pipe, config(), text_encoder_config=True, adapter_name="both")
     add_krona(pipe, config(), adapter_name="unet only")
     assert [p.name for p in save_krona_weights(pipe, tmp_path, "unet only")] == ["unet"]
-    with pytest.raises(ConfigError, match=r"No model of this StableDiffusionPipeline has a KronA adapter named 'third'; it "
-                                          r"has \['both', 'unet only'\]"):  # fmt: skip
+    with pytest.raises(ConfigError, match=r"No model of this StableDiffusionPipeline has a KronA adapter named 'third'; "
+                                          r"it has \['both', 'unet only'\]"):  # fmt: skip
         save_krona_weights(pipe, tmp_path, "third")
     with pytest.raises(ConfigError, match=r"it has none. Add one with add_krona\(pipe\)"):
         save_krona_weights(tiny.sd_pipeline(), tmp_path)
@@ -316,19 +316,22 @@ FAILURES = {
         lambda f: edit(f, LAST, lambda s: s.update({first(s): torch.zeros(1, 3, 3)})),
         r"krona_A has shape \(1, 3, 3\), the layer needs \(2, 8, 2\).*Was it trained on another base model"),
     "missing key": (
-        lambda f: edit(f, LAST, lambda s: s.pop(first(s))), r"text_encoder: the adapter does not fit .* no weights for .*krona_A"),
+        lambda f: edit(f, LAST, lambda s: s.pop(first(s))),
+        r"text_encoder: the adapter does not fit .* no weights for .*krona_A"),
     "left-over key": (
         lambda f: edit(f, "unet", lambda s: s.update({"base_model.model.nowhere.krona_A": torch.zeros(2)})),
         r"unet: the adapter does not fit this model: no layer for nowhere.krona_A"),
     "truncated": (lambda f: os.truncate(f / LAST / "adapter_model.safetensors", 100), "adapter_model.safetensors"),
     "corrupted": (
-        lambda f: (f / LAST / "adapter_model.safetensors").write_bytes(b"\x00garbage" * 50), "adapter_model.safetensors"),
+        lambda f: (f / LAST / "adapter_model.safetensors").write_bytes(b"\x00garbage" * 50),
+        "adapter_model.safetensors"),
     "no weights": (
         lambda f: (f / LAST / "adapter_model.safetensors").unlink(),
         "has an adapter_config.json but no adapter_model.safetensors"),
     "wrong component": (
         lambda f: (f / LAST).rename(f / "image_encoder"), r"has weights for \['image_encoder'\], but this StableDiff"),
-    "broken config": (lambda f: (f / LAST / "adapter_config.json").write_text("{"), "is not the config of a PEFT adapter"),
+    "broken config": (
+        lambda f: (f / LAST / "adapter_config.json").write_text("{"), "is not the config of a PEFT adapter"),
     "bad config": (lambda f: edit_config(f, LAST, a_out=0), r"KronAConfig.a_out=0 is not allowed"),
     "targets nothing": (lambda f: edit_config(f, LAST, target_modules=["nope"]), "nope.*not found"),
     "other size": (lambda f: edit_config(f, LAST, a_out=16), r"has shape .*, the layer needs"),
@@ -369,8 +372,8 @@ def test_an_existing_name_is_refused(saved):
     pipe = tiny.sd_pipeline()
     load_krona_weights(pipe, folder)
     before = states(pipe)
-    with pytest.raises(ConfigError, match=r"already has an adapter named 'default'. Choose another adapter_name, or remove "
-                                          r"it first: pipe.delete_adapters\('default'\)"):  # fmt: skip
+    with pytest.raises(ConfigError, match=r"already has an adapter named 'default'. Choose another adapter_name, or "
+                                          r"remove it first: pipe.delete_adapters\('default'\)"):  # fmt: skip
         load_krona_weights(pipe, folder)
     assert_untouched(pipe, before)
 
