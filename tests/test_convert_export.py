@@ -321,6 +321,13 @@ def test_lora_for_transformers_carries_ranks_and_alphas():
         assert relative(read.delta_weight(), judge(layer)) < 1e-6
 
 
+def test_the_projection_of_the_second_text_encoder_is_named_with_it(tmp_path):
+    adapter = Adapter((one(), one(component="text_encoder_2", module="text_projection")))
+    report = export(adapter, tmp_path / "x", base=BASES["sdxl"])
+    assert report.format == "lokr" and "lora_te2_text_projection.lokr_w1" in load_file(report.files[0])
+    assert {layer.name for layer in read_adapter(report.files[0])} == {layer.name for layer in adapter}
+
+
 def test_zero_updates_stay_zero(tmp_path):
     fresh = KronaLayer("unet", MODULE, torch.randn(1, 4, 2), torch.zeros(1, 8, 16))
     for to in WRITERS:

@@ -106,7 +106,8 @@ def choose_format(adapter: Adapter) -> tuple[str, bool, str]:
 
 def _is_unet_or_clip(layer: KronaLayer) -> bool:
     return layer.component == "unet" or (
-        layer.component in ("text_encoder", "text_encoder_2") and layer.module.startswith("text_model.")
+        layer.component in ("text_encoder", "text_encoder_2")
+        and layer.module.startswith(("text_model.", "text_projection"))
     )
 
 
