@@ -240,8 +240,8 @@ def test_saving_one_of_several(tmp_path):
     add_krona(pipe, config(), text_encoder_config=True, adapter_name="both")
     add_krona(pipe, config(), adapter_name="unet only")
     assert [p.name for p in save_krona_weights(pipe, tmp_path, "unet only")] == ["unet"]
-    with pytest.raises(ConfigError, match=r"No model of this StableDiffusionPipeline has a KronA adapter named 'third'; "
-                                          r"it has \['both', 'unet only'\]"):  # fmt: skip
+    with pytest.raises(ConfigError, match=r"No model of this StableDiffusionPipeline has a KronA adapter named "
+                                          r"'third'; it has \['both', 'unet only'\]"):  # fmt: skip
         save_krona_weights(pipe, tmp_path, "third")
     with pytest.raises(ConfigError, match=r"it has none. Add one with add_krona\(pipe\)"):
         save_krona_weights(tiny.sd_pipeline(), tmp_path)
