@@ -126,7 +126,7 @@ def load_refiner(args: argparse.Namespace, pipe: Any, dtype: torch.dtype) -> Any
         refiner = DiffusionPipeline.from_pretrained(args.refiner, vae=pipe.vae)
     except (OSError, ValueError) as error:
         raise TrainingError(f"--refiner {args.refiner} could not be loaded: {error}") from error
-    return refiner.to(dtype) if dtype != torch.float32 else refiner
+    return refiner.to(dtype)
 
 
 def draw(pipe: Any, refiner: Any, jobs: list[tuple[str, int]], args: argparse.Namespace) -> list:

@@ -48,7 +48,7 @@ def vae() -> AutoencoderKL:
     ).eval()  # fmt: skip
 
 
-def build(folder: Path, kind: str = "sd", prediction_type: str = "epsilon") -> Path:
+def build(folder: Path, kind: str = "sd", prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32) -> Path:
     """Write a pipeline of `kind` "sd" or "sdxl" that makes 32x32 images."""
     torch.manual_seed(0)
     shape = {
@@ -81,7 +81,7 @@ def build(folder: Path, kind: str = "sd", prediction_type: str = "epsilon") -> P
             ),
             scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type),
         )  # fmt: skip
-    pipe.save_pretrained(folder)
+    pipe.to(dtype).save_pretrained(folder)
     return folder
 
 

@@ -299,7 +299,8 @@ def test_resume_with_stateful_optimizers(tiny_sd, pictures, tmp_path, optimizer)
 
 
 def test_v_prediction_and_one_shot(tmp_path, pictures):
-    pipeline = tiny.build(tmp_path / "v", prediction_type="v_prediction")
+    """From files in half precision."""
+    pipeline = tiny.build(tmp_path / "v", prediction_type="v_prediction", dtype=torch.float16)
     summary = train(pipeline, pictures / "input" / "0.png", tmp_path / "out", "--train_batch_size", 2, "--snr_gamma", 5)
     assert summary["updates"] == 2
 

@@ -42,9 +42,11 @@ def settings(subject: str) -> dict[str, Any]:
         "instance_prompt": f"a {IDENTIFIER} {known[subject]['class_noun']}",
         "output_dir": f"output/demo-{subject}",
         "overwrite_output_dir": True,
-        "learning_rate": 1e-3,
-        "max_train_steps": 300,
+        "learning_rate": 1e-2,  # the shipped model is small: its layers are 128 and 256 wide
+        "lr_scheduler": "cosine",
+        "max_train_steps": 500,
         "train_batch_size": 8,
+        "repeats": 8,
         "center_crop": True,
         "random_flip": True,
         "cache_latents": True,
@@ -68,7 +70,14 @@ def judge_and_show(args: Any) -> dict[str, float]:
     """
     from examples.emoji_sd.judge import Judge, background_colour
 
-    output, judge, concept = Path(args.output_dir), Judge.load(), subjects()[args.demo]["concept"]
+    try:
+        judge = Judge.load()
+    except FileNotFoundError as error:
+        raise TrainingError(
+            f"The adapter is trained and saved in {args.output_dir}, but the judge is missing ({error.filename}): take "
+            "examples/assets/ from the repository."
+        ) from error
+    output, concept = Path(args.output_dir), subjects()[args.demo]["concept"]
     prompts = prompts_of(args.demo, args.instance_prompt)
     pairs = [(colour, prompt, seed) for colour, prompt in prompts.items() for seed in SEEDS]
     size = (args.resolution, args.resolution)

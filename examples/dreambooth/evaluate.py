@@ -44,7 +44,7 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **kwargs: Any) 
         raise TrainingError(
             f"{path} is a {type(pipe).__name__} without {', '.join(missing)}; expected Stable Diffusion 1.x, 2.x or XL."
         )
-    return pipe if dtype == torch.float32 else pipe.to(dtype)
+    return pipe.to(dtype)  # files may be in another dtype
 
 
 @contextlib.contextmanager
