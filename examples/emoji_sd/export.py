@@ -21,6 +21,9 @@ def export(folder: Path, vae, text_encoder, tokenizer, unet) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
+    # from_pretrained with no dtype loads diffusers' models in fp32, but transformers' in the one that their config names
+    config = temporary / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     if folder.exists():
         kept = [p for p in folder.iterdir() if p.is_file() and p.name != "model_index.json"]  # model card, log, grid
         for path in kept:
