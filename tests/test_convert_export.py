@@ -115,6 +115,8 @@ def test_file_to_native_to_file(layer, to):
     first = WRITERS[to](Adapter((layer,)), BASES["sd15"], torch.float32)
     again = WRITERS[to](from_tensors(first), BASES["sd15"], torch.float32)
     assert first.keys() == again.keys()
+    if to == "lokr":
+        assert torch.equal(rebuilt(to, again), rebuilt(to, first))  # balancing by powers of two rounds nothing
     assert relative(rebuilt(to, again), rebuilt(to, first)) < 1e-6
 
 

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from math import isfinite, lcm, prod
+from math import isfinite, lcm, log2, prod
 from typing import Any
 
 import torch
@@ -118,20 +118,23 @@ class KronaLayer:
         return replace(self, A=A, B=B.reshape(r * n, b_out, n * width // K, *kernel))
 
     def balanced(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B in float64 with the scale folded in and shared out so that the largest entries of both are equal.
-
-        That keeps a half-precision copy as far from overflow and underflow as it can be.
-        """
+        """A and B in float64 with the scale folded into A, and balanced: see `balance`."""
         A, B = self.A.to(torch.float64), self.B.to(torch.float64)
         return balance(A * self.scale, B)
 
 
 def balance(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """left * c and right / c with the c > 0 that makes their largest absolute entries equal (both zeros stay)."""
+    """left * c and right / c with the power of two c that brings their largest absolute entries nearest to each other.
+
+    That keeps half-precision copies as far from overflow and underflow as it can be, and rounds nothing by itself.
+
+    >>> balance(torch.tensor([64.0]), torch.tensor([1.0]))
+    (tensor([8.]), tensor([8.]))
+    """
     top_left, top_right = left.abs().amax().item(), right.abs().amax().item()
     if top_left == 0 or top_right == 0:
         return left, right
-    c = (top_right / top_left) ** 0.5
+    c = 2.0 ** round(log2(top_right / top_left) / 2)
     return left * c, right / c
 
 
