@@ -149,17 +149,19 @@ def test_gradient_checkpointing_gives_the_same_bits(name, use_reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("trains", [["weight"], ["bias"], ["weight", "bias"]], ids="+".join)
 @pytest.mark.parametrize("name", ["linear b_first", "conv2d"])
-def test_a_base_layer_that_trains_gets_its_gradient(name):
+def test_a_base_layer_that_trains_gets_its_gradient(name, trains):
     """bias="all", full fine-tuning beside the adapter: nothing of the base may be left out of the graph."""
     base, model, layer, x = make_layer(name, torch.float64)
-    layer.base_layer.requires_grad_(True)
+    for parameter in trains:
+        getattr(layer.base_layer, parameter).requires_grad_()
     y = model(x)
     dy = torch.randn_like(y)
-    base.requires_grad_()
-    want = torch.autograd.grad(base(x), list(base.parameters()), dy)
-    for got, expected in zip(torch.autograd.grad(y, list(layer.base_layer.parameters()), dy), want, strict=True):
-        torch.testing.assert_close(got, expected)
+    want = torch.autograd.grad(base(x), [getattr(base, t) for t in trains], dy)
+    got = torch.autograd.grad(y, [getattr(layer.base_layer, t) for t in trains], dy)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
 
 
 def test_hooks_of_the_base_layer_run():
