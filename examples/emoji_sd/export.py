@@ -21,7 +21,7 @@ def export(folder: Path, vae, text_encoder, tokenizer, unet) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
-    # from_pretrained with no dtype loads diffusers' models in fp32, but transformers' in the one that their config names
+    # with no dtype named, from_pretrained loads diffusers' models in fp32, transformers' as their config says
     config = temporary / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     if folder.exists():
