@@ -8,7 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
-from adapted import adapted_mlp, assert_same_state, config, krona_layers, mlp, snapshot, state_of
+from adapted import adapted_mlp, assert_same_bits, assert_same_state, config, krona_layers, mlp, snapshot, state_of
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,6 +17,7 @@ from torch import nn
 from peft_krona import KronAConfig
 from peft_krona.errors import ConfigError, FactorError, FormatError
 
+# 0.21 checks more when an adapter is added, and asks the tuner about weights that it loads
 HAS_LOAD_HOOK = tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 21)
 KEY = "base_model.model.lin0.krona_A"
 X = torch.randn(5, 10, generator=torch.Generator().manual_seed(1))
@@ -86,7 +87,10 @@ def test_after_a_failed_load_the_other_adapter_is_as_it_was(folder, name):
         model.load_adapter(str(folder), "second")
     assert torch.equal(model(X), want) and model.active_adapters == ["first"]
     model.delete_adapter("second")
-    assert_same_state(model, before)
+    if HAS_LOAD_HOOK:
+        assert_same_state(model, before)
+    else:  # peft < 0.21 freezes the other adapter while it adds one
+        assert_same_bits(model, before["bits"])
 
 
 def test_a_sound_file_loads_after_the_damaged_one(folder):
@@ -115,6 +119,8 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("how", ["from_pretrained", "load_adapter"])
 def test_bad_configs_leave_the_model_as_it_was(folder, how, name):
+    if name == "no such layer" and how == "load_adapter" and not HAS_LOAD_HOOK:
+        pytest.skip("peft < 0.21 accepts a second adapter that matches nothing")
     fields, error, message = CONFIGS[name]
     rewrite_config(folder, **fields)
     model = mlp() if how == "from_pretrained" else adapted_mlp("first")
