@@ -16,7 +16,7 @@ from .evaluate import for_sampling, labelled_rows, load_pipeline, sample
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 PIPELINE = ASSETS / "emoji-sd"
-DEFAULT_SUBJECT = "teapot"
+DEFAULT_SUBJECT = "robot"
 IDENTIFIER = "sks"
 SEEDS = range(4)
 SAMPLER = {"num_inference_steps": 30, "guidance_scale": 4.0}
@@ -42,9 +42,9 @@ def settings(subject: str) -> dict[str, Any]:
         "instance_prompt": f"a {IDENTIFIER} {known[subject]['class_noun']}",
         "output_dir": f"output/demo-{subject}",
         "overwrite_output_dir": True,
-        "learning_rate": 1e-2,  # the shipped model is small: its layers are 128 and 256 wide
+        "learning_rate": 1.5e-2,  # the shipped model is small: its layers are 128 and 256 wide
         "lr_scheduler": "cosine",
-        "max_train_steps": 500,
+        "max_train_steps": 400,
         "train_batch_size": 8,
         "repeats": 8,
         "center_crop": True,
