@@ -22,6 +22,10 @@ class UnsupportedLayerError(KronAError, TypeError):
     """A target module is of a type that KronA cannot adapt."""
 
 
+class BackendError(KronAError, RuntimeError):
+    """The implementation that was asked for cannot run here."""
+
+
 class MergeError(KronAError, ValueError):
     """An adapter cannot be merged or unmerged as asked."""
 

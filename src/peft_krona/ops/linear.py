@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kron_linear`, the public op: checks, dtype rules and the choice of implementation."""
+"""`kron_linear`, the public op: checks, dtype rules, and the call of the backend (see backend.py)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import ShapeError
+from .backend import choose_backend
+from .library import fused
 from .torch_impl import KronAdd, LinearKronAdd, Plan, factored
 
 LAYOUTS = ("kron", "diffusekrona")
@@ -21,6 +23,7 @@ def kron_linear(
     base: torch.Tensor | None = None,
     layout: str = "kron",
     order: str | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """base + s * layout(sum_n A_n (x) B_n) x, without ever building the (out, in) matrix.
 
@@ -34,12 +37,14 @@ def kron_linear(
         layout: "kron": dW[i*b_out + u, k*b_in + v] = s * sum_n A[n,i,k] B[n,u,v].
             "diffusekrona": dW[u*a_out + i, k*b_in + v] = the same (what the released DiffuseKronA code computes).
         order: "b_first" or "a_first" forces the contraction order; None takes the cheaper one (see factors.py).
+        backend: "torch" or "triton" (CUDA, not fp64); None takes what PEFT_KRONA_BACKEND said at import, else "torch".
 
     Returns:
         (..., out), out = a_out * b_out, in base's dtype if base is given, else in x's (autocast's under autocast).
 
     Raises:
         ShapeError: if the shapes do not belong together, or layout or order is unknown.
+        BackendError: if the backend that was asked for cannot run on these tensors.
 
     >>> x, A, B = torch.randn(2, 5, 12), torch.randn(1, 4, 3), torch.randn(1, 2, 4)
     >>> y = kron_linear(x, A, B, scale=0.5)
@@ -50,14 +55,15 @@ def kron_linear(
     check_shapes(x, A, B, base, layout, order)
     dtype = compute_dtype(x)
     plan = Plan.of(A, B, layout, order)
+    backend = choose_backend(backend, x.device, dtype)
     out_shape = (*x.shape[:-1], plan.a_out * plan.b_out)
     with torch.autocast(x.device.type, enabled=False):
         A, B = _prepared(A, B, scale, dtype)
         x = _rows(x.to(dtype))
         if base is not None and base.dtype != dtype:  # e.g. an fp32 residual stream over a bf16 product
-            return base + _apply(x, A, B, None, plan).view(out_shape).to(base.dtype)
+            return base + _apply(x, A, B, None, plan, backend).view(out_shape).to(base.dtype)
         base = None if base is None else base.reshape(-1, out_shape[-1])
-        return _apply(x, A, B, base, plan).view(out_shape)
+        return _apply(x, A, B, base, plan, backend).view(out_shape)
 
 
 def linear_kron_linear(
@@ -69,26 +75,32 @@ def linear_kron_linear(
     *,
     scale: float = 1.0,
     layout: str = "kron",
+    backend: str | None = None,
 ) -> torch.Tensor:
     """`kron_linear(x, A, B, scale=scale, base=F.linear(x, weight, bias))` as one autograd node, for a frozen base.
 
     Args:
         x: (..., in). weight: (out, in) and bias: (out,) or None; neither may require a gradient.
-        A, B, scale, layout: as in `kron_linear`.
+        A, B, scale, layout, backend: as in `kron_linear`.
 
     Returns:
         (..., out) in weight's dtype (autocast's under autocast).
     """
-    if _needs_plain_ops():
-        return kron_linear(x, A, B, scale=scale, base=F.linear(x, weight, bias), layout=layout)
-    check_shapes(x, A, B, None, layout, None)
     dtype = compute_dtype(x)
+    backend = choose_backend(backend, x.device, dtype)
+    if backend == "torch" and _needs_plain_ops():
+        return kron_linear(x, A, B, scale=scale, base=F.linear(x, weight, bias), layout=layout, backend=backend)
+    check_shapes(x, A, B, None, layout, None)
     plan = Plan.of(A, B, layout)
     with torch.autocast(x.device.type, enabled=False):
         A, B = _prepared(A, B, scale, dtype)
         if dtype != weight.dtype and dtype != x.dtype:  # autocast; otherwise F.linear itself reports a mismatch
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        y = LinearKronAdd.apply(_rows(x.to(dtype)), A, B, weight, bias, plan)
+        rows = _rows(x.to(dtype))
+        if backend == "triton":
+            y, _ = fused(rows, A, B, None, weight, bias, plan.layout, plan.order)
+        else:
+            y = LinearKronAdd.apply(rows.contiguous(), A, B, weight, bias, plan)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -130,7 +142,7 @@ def _prepared(A: torch.Tensor, B: torch.Tensor, scale: float, dtype: torch.dtype
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(x.numel() // x.shape[-1], x.shape[-1]).contiguous()
+    return x.reshape(x.numel() // x.shape[-1], x.shape[-1])
 
 
 def _needs_plain_ops() -> bool:
@@ -138,8 +150,12 @@ def _needs_plain_ops() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def _apply(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tensor | None, plan: Plan) -> torch.Tensor:
-    """The one place where an implementation is chosen; a fused kernel for some device belongs here."""
+def _apply(
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tensor | None, plan: Plan, backend: str
+) -> torch.Tensor:
+    if backend == "triton":
+        return fused(x, A, B, base, None, None, plan.layout, plan.order)[0]
+    x = x.contiguous()
     if _needs_plain_ops():
         return factored(x, A, B, base, plan)
     return KronAdd.apply(x, A, B, base, plan)

@@ -40,6 +40,11 @@ class Plan(NamedTuple):
         sizes = (*A.shape[1:], *B.shape[1:3])
         return cls(A.shape[0], *sizes, layout, order or cheaper_order(*sizes))
 
+    @property
+    def intermediate(self) -> int:
+        """Values a token between the two contractions."""
+        return self.r * (self.a_in * self.b_out if self.order == "b_first" else self.a_out * self.b_in)
+
     def matrices(self, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B as the matrices that multiply: (I, K n), (n u, v) | (I n, K), (n v, u) | (K, n I), (u, v n)."""
         r, a_out, a_in, b_out, b_in, layout, order = self
@@ -213,7 +218,7 @@ class KronAdd(torch.autograd.Function):
     def backward(ctx, dy):
         x, A, B, h = ctx.saved_tensors
         plan = ctx.plan
-        with _no_autocast(dy):
+        with no_autocast(dy):
             if torch.is_grad_enabled():  # create_graph=True: the intermediate must be part of the graph
                 h = plan.first(x, *plan.matrices(A, B))
             dX, dA, dB = plan.backward(dy.contiguous(), x, h, A, B, ctx.needs_input_grad[:3])
@@ -241,7 +246,7 @@ class LinearKronAdd(torch.autograd.Function):
     def backward(ctx, dy):
         x, A, B, weight, h = ctx.saved_tensors
         plan = ctx.plan
-        with _no_autocast(dy):
+        with no_autocast(dy):
             dy = dy.contiguous()
             if torch.is_grad_enabled():
                 h = plan.first(x, *plan.matrices(A, B))
@@ -250,5 +255,6 @@ class LinearKronAdd(torch.autograd.Function):
         return dX, dA, dB, None, None, None
 
 
-def _no_autocast(t: torch.Tensor) -> torch.autocast:
+def no_autocast(t: torch.Tensor) -> torch.autocast:
+    """A context in which torch computes in the tensors' own dtype."""
     return torch.autocast(t.device.type, enabled=False)

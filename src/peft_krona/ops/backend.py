@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation computes a Kronecker product, and why another one cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+
+import torch
+
+from ..errors import BackendError
+
+BACKENDS = ("torch", "triton")
+# "torch" also on GPUs: the Triton kernels have not been timed on one yet (docs/performance.md).
+DEFAULT = os.environ.get("PEFT_KRONA_BACKEND") or "torch"
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_announced: set[str] = set()
+logger = logging.getLogger(__name__)
+
+
+def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """ "torch" or "triton": what is asked for, else what PEFT_KRONA_BACKEND said at import, else "torch".
+
+    Raises:
+        BackendError: if that is unknown or cannot compute in `dtype` on `device`. There is no silent second choice.
+    """
+    backend = asked or DEFAULT
+    if backend not in BACKENDS:
+        raise BackendError(f"backend={backend!r} is unknown; expected one of {BACKENDS}.")
+    if backend == "triton" and (reason := _why_not_triton(device, dtype)) is not None:
+        source = "backend='triton'" if asked else "PEFT_KRONA_BACKEND=triton"
+        raise BackendError(f"{source} was asked for, but {reason}. backend='torch' works everywhere.")
+    if backend not in _announced and not torch.compiler.is_compiling():
+        _announced.add(backend)
+        logger.info("Kronecker products on %s in %s: backend %r.", device.type, dtype, backend)
+    return backend
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not _HAS_TRITON:
+        return "the package triton is not installed (pip install 'peft-krona[triton]')"
+    if dtype not in _DTYPES:
+        return f"the kernels compute in {', '.join(map(str, _DTYPES))}, not in {dtype}"
+    if device.type != "cuda" and not _INTERPRETED:
+        return f"the tensors are on {device.type!r} and the kernels need a CUDA device"
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "the kernels are written for NVIDIA GPUs"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need compute capability 8.0 (Ampere) or newer"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "torch.func transforms cannot look into the kernels"
+    return None
