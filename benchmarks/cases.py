@@ -28,6 +28,15 @@ LAYERS = (
     LinearCase("SD1.5 self-attention, 16x16", 256, 1280, 1280),
 )
 
+# What one layer costs as one of these changes and the others stay at POINT; factors (64, 4).
+POINT = {"tokens": 1024, "width": 640, "r": 1, "adapters": 1}
+SCALING = {
+    "tokens": (16, 64, 256, 1024, 4096),
+    "width": (320, 640, 1280, 2560),
+    "r": (1, 2, 4, 8),
+    "adapters": (1, 2, 4),
+}
+
 # Real UNets from their public configs (random weights): {name: (diffusers config, latent size on a CPU and on a GPU)}.
 UNETS = {
     "SD1.5": (

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 Step = Callable[[], object]
+HEAD_START = 5_000_000  # cycles, about 3 ms, in which a GPU waits while the step's kernels are queued
 
 
 def interleaved(steps: dict[str, Step], repetitions: int, device: str, label: str) -> dict[str, list[float]]:
@@ -31,6 +32,7 @@ def interleaved(steps: dict[str, Step], repetitions: int, device: str, label: st
 def _timed(step: Step, device: str) -> float:
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HEAD_START)  # else a step of a few small kernels measures Python
         start.record()
         step()
         end.record()

@@ -15,7 +15,7 @@ from peft import LoKrConfig, LoraConfig, get_peft_model
 from torch import nn
 
 import peft_krona
-from peft_krona.ops import kron_delta_weight, kron_linear
+from peft_krona.ops import kron_delta_weight, kron_linear, linear_kron_linear
 
 
 class Adapted(nn.Module):
@@ -114,6 +114,19 @@ def krona(linear: nn.Linear, a_out: int, a_in: int) -> Adapted:
     return _peft(linear, config)
 
 
+class _Fused(_Kron):
+    """As `krona` with PEFT_KRONA_BACKEND=triton."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear_kron_linear(x, self.base.weight, self.base.bias, self.A, self.B, backend="triton")
+
+
+def krona_triton(linear: nn.Linear, a_out: int, a_in: int) -> Adapted:
+    """peft_krona's one node over the frozen layer, in Triton kernels."""
+    module = _Fused(linear, a_out, a_in, kron_linear)
+    return Adapted(module, lambda: kron_delta_weight(module.A, module.B))
+
+
 def _ours(order: str) -> Callable:
     return lambda x, A, B, base: kron_linear(x, A, B, base=base, order=order)
 
@@ -128,6 +141,9 @@ PROVIDERS: dict[str, Callable[[nn.Linear, int, int], Adapted]] = {
     "released order": _kron(_released_order, "diffusekrona"),
     "dW built": _kron(_dense),
     "KronA": krona,
+    "KronA, triton": krona_triton,
     "KronA op, B first": _kron(_ours("b_first")),
     "KronA op, A first": _kron(_ours("a_first")),
 }
+
+CUDA_ONLY = ("KronA, triton",)

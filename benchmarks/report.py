@@ -55,18 +55,34 @@ def layer_table(result: dict[str, Any]) -> str:
 
 
 def unet_table(result: dict[str, Any]) -> str:
-    """One training step of whole UNets."""
+    """One step of whole UNets: training, or denoising in the inference suite."""
+    kind = "training" if result["suite"] == "unet" else "forward"
     lines = [
         "| UNet | adapter | parameters | step (s) | of the frozen UNet's | of LoRA's | peak (MiB) |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
-        training = row["training"]
+        times = row[kind]
         lines.append(
             f"| {row['unet']}, {row['latents']}x{row['latents']} latents, batch {row['batch']} | {row['provider']} | "
-            f"{row['trainable']:,} | {training['p50']:.2f} | {training['over_frozen']:.3f} | "
-            f"{training['over_lora']:.3f} | {row['peak_bytes'] / 2**20:.0f} |"
+            f"{row['trainable']:,} | {times['p50']:.3f} | {times['over_frozen']:.3f} | "
+            f"{times['over_lora']:.3f} | {row['peak_bytes'] / 2**20:.0f} |"
         )
+    return "\n".join(lines)
+
+
+def scaling_table(result: dict[str, Any]) -> str:
+    """Milliseconds that one layer's adapters add, one row for each point."""
+    lines = [
+        "| varied | tokens | width | r | adapters | | forward adds (ms) | forward + backward adds (ms) |",
+        "|---|---:|---:|---:|---:|---|---:|---:|",
+    ]
+    for row in result["rows"]:
+        if row["provider"] != "frozen":
+            lines.append(
+                f"| {row['axis']} | {row['tokens']} | {row['width']} | {row['r']} | {row['adapters']} | "
+                f"{row['provider']} | {row['forward']['added'] * 1e3:.3f} | {row['training']['added'] * 1e3:.3f} |"
+            )
     return "\n".join(lines)
 
 
@@ -105,6 +121,9 @@ def _cases(result: dict[str, Any]) -> list[tuple[str, list[int]]]:
     return [(case, list(factors)) for case, factors in seen]
 
 
+TABLES = {"layer": layer_table, "scaling": scaling_table, "unet": unet_table, "inference": unet_table}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print the tables; with --plot also draw the layer results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     results = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
     for path, result in zip(args.results, results, strict=True):
         print(f"\n### {path.name}\n\n{describe(result)}\n")
-        print({"layer": layer_table, "unet": unet_table}[result["suite"]](result))
+        print(TABLES[result["suite"]](result))
     layers = [result for result in results if result["suite"] == "layer"]
     if args.plot and layers:
         plot(layers, args.plot)

@@ -5,9 +5,12 @@
     python -m benchmarks.run --suite unet --device cuda --dtype bfloat16 --out benchmarks/results/unet-cuda.json
     python -m benchmarks.report benchmarks/results/*.json
 
-`layer`: one adapted Linear, forward and forward + backward, added to the frozen layer. `unet`: one training step of a
-real UNet (random weights). All providers of a case run in turn in every repetition; ratios are medians of the ratios
-within a repetition. A provider whose output is not base + dW x is reported as wrong, without a speed.
+`layer`: one adapted Linear, forward and forward + backward, added to the frozen layer. `scaling`: the same as tokens,
+width, r or the number of active adapters grow. `unet`: one training step of a real UNet (random weights). `inference`:
+one denoising step of it, without gradients, KronA merged and not. `benchmarks/gpu.sh` runs all of them on a GPU.
+
+All providers of a case run in turn in every repetition; ratios are medians of the ratios within a repetition. A
+provider whose output is not base + dW x is reported as wrong, without a speed.
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cases import FACTORS, LAYERS, UNETS
+from peft_krona.ops import backend
+
+from .cases import FACTORS, LAYERS, POINT, SCALING, UNETS
 from .measure import copy_bandwidth, environment, interleaved, median_added, median_ratio, peak_bytes, quantiles
-from .providers import PROVIDERS, Adapted
+from .providers import CUDA_ONLY, PROVIDERS, Adapted
 
 
 def layer_suite(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -99,19 +104,101 @@ def _forward_backward(module: Adapted, x: torch.Tensor, dy: torch.Tensor):
     return step
 
 
+def scaling_suite(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One square layer through get_peft_model: what it costs as one of `cases.SCALING` grows."""
+    from peft import LoraConfig, get_peft_model
+
+    from peft_krona import KronAConfig
+
+    rows = []
+    for axis, values in SCALING.items():
+        for value in values:
+            point = POINT | {axis: value}
+            width, n_adapters = point["width"], point["adapters"]
+            torch.manual_seed(0)
+            x = torch.randn(point["tokens"], width, dtype=args.dtype, device=args.device, requires_grad=True)
+            linear = nn.Linear(width, width, dtype=args.dtype, device=args.device).requires_grad_(False)
+            rank = 4 * point["r"]
+            lora = LoraConfig(target_modules=["0"], r=rank, lora_alpha=rank, init_lora_weights=False)
+            krona = KronAConfig(target_modules=["0"], r=point["r"], a_out=64, a_in=4, init_weights=False)
+            forward, training = {}, {}
+            for name, config in (("frozen", None), ("PEFT LoRA 4 r", lora), *_on_backends("KronA", krona, args)):
+                model = nn.Sequential(linear)
+                if config is not None:
+                    model = get_peft_model(model, config)
+                    names = ["default", *(f"adapter{n}" for n in range(1, n_adapters))]
+                    for other in names[1:]:
+                        model.add_adapter(other, config)
+                    model.base_model.set_adapter(names)
+                forward[name] = _on(_backend_of(name), _no_grad(model, x))
+                training[name] = _on(_backend_of(name), _forward_backward(model, x, torch.randn_like(x)))
+            label = f"{axis} {value}"
+            forward = interleaved(forward, args.repetitions, args.device, label + " forward")
+            training = interleaved(training, args.repetitions, args.device, label + " training")
+            for name in forward:
+                row = {"axis": axis, **point, "provider": name}
+                for kind, times in (("forward", forward), ("training", training)):
+                    row[kind] = {**quantiles(times[name]), "added": median_added(times[name], times["frozen"])}
+                print(
+                    f"{label:14} {name:16} forward +{row['forward']['added'] * 1e3:8.3f} ms   "
+                    f"training +{row['training']['added'] * 1e3:8.3f} ms"
+                )
+                rows.append(row)
+    return rows
+
+
+def _on_backends(name: str, config: Any, args: argparse.Namespace) -> list[tuple[str, Any]]:
+    """The configuration as it is, and on a GPU with the Triton kernels too."""
+    return [(name, config), (f"{name}, triton", config)] if args.device == "cuda" else [(name, config)]
+
+
+def _backend_of(provider: str) -> str:
+    return "triton" if provider.endswith(", triton") else "torch"
+
+
+def _on(name: str, step):
+    """The step with the Kronecker products on one backend."""
+
+    def run() -> None:
+        before, backend.DEFAULT = backend.DEFAULT, name
+        try:
+            step()
+        finally:
+            backend.DEFAULT = before
+
+    return run
+
+
 def unet_suite(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One training step (forward, MSE loss, backward) of real UNets with every attention projection adapted."""
+    return _unets(args, "training", {})
+
+
+def inference_suite(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One denoising step (forward, no gradients), with KronA beside the weights and merged into them."""
+    from peft_krona import KronAConfig
+
+    merged = KronAConfig(target_modules=ATTENTION, a_out=64, a_in=4, init_weights=False)
+    return _unets(args, "forward", {"KronA (64,4), merged": merged})
+
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def _unets(args: argparse.Namespace, kind: str, more: dict[str, Any]) -> list[dict[str, Any]]:
     from diffusers import UNet2DConditionModel
     from peft import LoKrConfig, LoraConfig, get_peft_model
 
     from peft_krona import KronAConfig
 
-    target = ["to_q", "to_k", "to_v", "to_out.0"]
     configs = {
-        "PEFT LoRA r=4": LoraConfig(target_modules=target, r=4, lora_alpha=4),
-        "PEFT LoKr": LoKrConfig(target_modules=target, r=32, alpha=32, decompose_factor=-1),
-        **{f"KronA ({o},{i})": KronAConfig(target_modules=target, a_out=o, a_in=i) for o, i in FACTORS},
+        "PEFT LoRA r=4": LoraConfig(target_modules=ATTENTION, r=4, lora_alpha=4),
+        "PEFT LoKr": LoKrConfig(target_modules=ATTENTION, r=32, alpha=32, decompose_factor=-1),
     }
+    for a_out, a_in in FACTORS:
+        config = KronAConfig(target_modules=ATTENTION, a_out=a_out, a_in=a_in)
+        configs |= dict(_on_backends(f"KronA ({a_out},{a_in})", config, args))
+    configs |= more
     rows = []
     for unet_name, (unet_config, latent_sizes) in UNETS.items():
         if args.only and args.only != unet_name:
@@ -127,31 +214,35 @@ def unet_suite(args: argparse.Namespace) -> list[dict[str, Any]]:
         for _ in range(args.repetitions):
             for name in ("frozen", *configs):
                 model = get_peft_model(unet, copy.deepcopy(configs[name])) if name in configs else unet
-                model.train()
-                step = _unet_step(model, inputs)
+                model.train(kind == "training")
+                if name.endswith(", merged"):
+                    model.merge_adapter()
+                step = _unet_step(model, inputs) if kind == "training" else _unet_forward(model, inputs)
+                step = _on(_backend_of(name), step)
                 step()  # warm up
-                elapsed = interleaved({name: step}, 1, args.device, f"{unet_name} {name}")[name]
+                elapsed = interleaved({name: step}, args.steps, args.device, f"{unet_name} {name}")[name]
                 times.setdefault(name, []).extend(elapsed)
-                if len(times[name]) == 1:
+                if len(times[name]) == args.steps:
                     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
                     row = {"unet": unet_name, "latents": size, "batch": args.batch, "provider": name}
                     row |= {"trainable": trainable, "peak_bytes": peak_bytes(step, args.device)}
                     rows.append(row)
+                if name.endswith(", merged"):
+                    model.unmerge_adapter()
                 if name in configs:
                     unet = model.unload()
                     unet.requires_grad_(False)
         for row in rows:
             if row["unet"] == unet_name:
                 mine = times[row["provider"]]
-                row["training"] = {
+                row[kind] = {
                     **quantiles(mine),
                     "over_frozen": median_ratio(mine, times["frozen"]),
                     "over_lora": median_ratio(mine, times["PEFT LoRA r=4"]),
                 }
-                training = row["training"]
                 print(
-                    f"{unet_name} {row['provider']:16} {training['p50']:.3f} s  x{training['over_frozen']:.3f} frozen  "
-                    f"x{training['over_lora']:.3f} LoRA  peak {row['peak_bytes'] / 2**20:8.0f} MiB"
+                    f"{unet_name:6} {row['provider']:22} {row[kind]['p50']:8.3f} s  x{row[kind]['over_frozen']:.3f}"
+                    f" frozen  x{row[kind]['over_lora']:.3f} LoRA  peak {row['peak_bytes'] / 2**20:8.0f} MiB"
                 )
     return rows
 
@@ -180,6 +271,16 @@ def _unet_step(model: nn.Module, inputs: dict[str, Any]):
     return step
 
 
+def _unet_forward(model: nn.Module, inputs: dict[str, Any]):
+    inputs = {name: t.detach() if isinstance(t, torch.Tensor) else t for name, t in inputs.items()}
+
+    def step() -> None:
+        with torch.inference_mode():
+            model(**inputs)
+
+    return step
+
+
 def _print_layer(label: str, rows: list[dict[str, Any]]) -> None:
     print(f"\n{label}")
     for row in rows:
@@ -196,17 +297,21 @@ def _print_layer(label: str, rows: list[dict[str, Any]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run the suite, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("layer", "unet"), required=True)
+    suites = {"layer": layer_suite, "scaling": scaling_suite, "unet": unet_suite, "inference": inference_suite}
+    parser.add_argument("--suite", choices=tuple(suites), required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--batch", type=int, default=1, help="unet suite: images per step")
+    parser.add_argument("--steps", type=int, default=1, help="unet, inference: steps timed per swap of adapters")
+    parser.add_argument("--batch", type=int, default=1, help="unet, inference: images per step")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="unet suite")
     parser.add_argument("--only", help="only the cases whose name contains this")
-    parser.add_argument("--providers", nargs="+", choices=tuple(PROVIDERS), default=list(PROVIDERS), metavar="NAME")
+    parser.add_argument("--providers", nargs="+", choices=tuple(PROVIDERS), metavar="NAME", help="layer suite")
     args = parser.parse_args(argv)
+    if not args.providers:
+        args.providers = [name for name in PROVIDERS if args.device == "cuda" or name not in CUDA_ONLY]
     if args.threads:
         torch.set_num_threads(args.threads)
     if "frozen" not in args.providers:
@@ -215,12 +320,13 @@ def main(argv: list[str] | None = None) -> None:
         "suite": args.suite,
         "dtype": args.dtype,
         "repetitions": args.repetitions,
+        "steps": args.steps,
         "gradient_checkpointing": args.gradient_checkpointing,
         "environment": environment(args.device),
         "copy_bytes_per_second": copy_bandwidth(args.device),
     }
     args.dtype = getattr(torch, args.dtype)
-    result["rows"] = {"layer": layer_suite, "unet": unet_suite}[args.suite](args)
+    result["rows"] = suites[args.suite](args)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         temporary = args.out.with_name(args.out.name + ".tmp")
