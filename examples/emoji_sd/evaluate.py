@@ -23,7 +23,7 @@ from .train import PIPELINE
 
 def hits(scores: torch.Tensor, truth: list[int], k: int) -> float:
     top = scores.argsort(1, descending=True)[:, :k]
-    return float((top == torch.tensor(truth)[:, None]).any(1).float().mean())
+    return round(float((top == torch.tensor(truth)[:, None]).any(1).float().mean()), 4)
 
 
 def evaluate(folder: Path, steps: int = 30, guidance: float = 4.0, count: int = 100, seed: int = 0) -> dict:
