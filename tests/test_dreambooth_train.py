@@ -429,19 +429,18 @@ def test_mistakes_end_in_one_clear_line(tiny_sd, pictures, tmp_path, capsys, cha
 
 
 def test_demo_prints_a_table_and_shows_a_grid(tiny_sd, tmp_path, monkeypatch, capsys):
-    """The shipped subject on a tiny pipeline, with a judge that sees nothing but teapots."""
+    """The shipped subject on a tiny pipeline, with a judge that sees nothing but robots."""
     from examples.emoji_sd import judge
 
-    class Teapots:
-        names = ("dog", "teapot")
+    class Robots:
+        names = ("dog", "robot")
 
         def concept_scores(self, images):
             return torch.tensor([[0.0, 1.0]]).repeat(len(images), 1)
 
-    monkeypatch.setattr(judge.Judge, "load", classmethod(lambda cls: Teapots()))
+    monkeypatch.setattr(judge.Judge, "load", classmethod(lambda cls: Robots()))
     monkeypatch.setattr(demo, "PIPELINE", tiny_sd)
     monkeypatch.setattr(demo, "SAMPLER", {"num_inference_steps": 1})
-    monkeypatch.setattr(demo, "DEFAULT_SUBJECT", "teapot")
     settings = demo.settings
     quick = {"max_train_steps": 1, "output_dir": str(tmp_path / "out"), "report_to": "none", "export": "none"}
     monkeypatch.setattr(demo, "settings", lambda subject: settings(subject) | quick)
