@@ -173,6 +173,26 @@ def test_refused_layers_come_before_anything_is_replaced_when_all_are():
     assert_same_state(model, before)
 
 
+@pytest.mark.parametrize("second", [False, True], ids=["first adapter", "second adapter"])
+def test_a_target_refused_halfway_leaves_nothing_behind(second):
+    """lin0 (10 to 20) is adapted before lin1 (20 to 8) is reached."""
+    bad = KronAConfig(target_modules=["lin0", "lin1"], a_out=5, a_in=5, strict_factors=True)
+    if second:
+        model = adapted_mlp()
+        before = state_of(model)
+        with pytest.raises(FactorError, match="a_out=5 does not divide out_features=8"):
+            model.add_adapter("other", bad)
+        assert_same_state(model, before)
+        assert list(model.peft_config) == ["default"]
+    else:
+        model = mlp()
+        before = state_of(model)
+        with pytest.raises(FactorError, match="a_out=5 does not divide out_features=8"):
+            get_peft_model(model, bad)
+        assert_same_state(model, before)
+        assert not hasattr(model, "peft_config")
+
+
 def test_strict_factor_error_names_the_nested_layer():
     with pytest.raises(FactorError, match=r"^block.lin: a_in=5 does not divide in_features=12. The nearest "
                                           r"divisors are 4 or 6; set them with factor_pattern"):  # fmt: skip

@@ -20,7 +20,7 @@ LAYERS = [
     {"errors"},
     {"factors", "_register"},
     {"ops", "config"},
-    {"snapshot"},
+    {"snapshot", "undo"},
     {"layer"},
     {"conv", "embedding", "merge", "combine"},
     {"model"},

@@ -24,6 +24,7 @@ from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .errors import FormatError, UnsupportedLayerError
 from .layer import KronALayer, Linear
+from .undo import undone_on_error
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,11 @@ class KronAModel(BaseTuner):
         if peft_config.target_modules is None and type(self.model).__module__.partition(".")[0] == "diffusers":
             peft_config.target_modules = set(DIFFUSERS_TARGET_MODULES)
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, but a target that cannot be adapted leaves nothing of the adapter behind in the others."""
+        with undone_on_error(model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _check_target_module_compatiblity(self, peft_config: KronAConfig, model: nn.Module, target_name: str) -> None:
         super()._check_target_module_compatiblity(peft_config, model, target_name)

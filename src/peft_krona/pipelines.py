@@ -15,13 +15,12 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors.torch import save_file
 from torch import nn
@@ -32,6 +31,7 @@ from .convert.names import guess_component
 from .convert.reading import read_adapter
 from .errors import ConfigError, FormatError
 from .layer import KronALayer
+from .undo import undone_on_error
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 _PEFT_PREFIX = "base_model.model."
@@ -74,7 +74,7 @@ def add_krona(
             f"got {sorted(models)}."
         )
     adapted = {name: models[name] for name in configs}
-    with _undone_on_error(adapted):
+    with undone_on_error(*adapted.values()):
         for name, model in adapted.items():
             _add_adapter(model, configs[name], adapter_name, component=name)
             cast_adapter_dtype(model, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -147,7 +147,7 @@ def load_krona_weights(
         raise FormatError(
             f"{path} has weights for {missing}, but this {type(pipe).__name__} has only {sorted(models)}."
         )
-    with _undone_on_error({name: models[name] for name in components}):
+    with undone_on_error(*(models[name] for name in components)):
         for name, (config, state_dict) in components.items():
             _add_adapter(models[name], config, adapter_name, component=name)
             _load_state_dict(models[name], state_dict, adapter_name, where=f"{path}: {name}")
@@ -288,50 +288,3 @@ def _local_path(source: str, weight_name: str | None, revision: str | None, toke
     if len(local) == 1:
         return local[0]
     return local[0].parents[wanted[0].count("/")]
-
-
-@contextmanager
-def _undone_on_error(models: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Take adapters that were added inside the block out again if it raises: nothing of them is left in the models."""
-    before = {name: _ModelState(model) for name, model in models.items()}
-    try:
-        yield
-    except BaseException:
-        for state in before.values():
-            state.restore()
-        raise
-
-
-class _ModelState:
-    """What adding an adapter changes in a model: its modules, adapters, flags."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.children = [(m, dict(m._modules)) for m in model.modules()]
-        self.layers = [
-            (m, m._all_available_adapter_names(), list(m.active_adapters))
-            for m in model.modules()
-            if isinstance(m, BaseTunerLayer)
-        ]
-        self.requires_grad = [(p, p.requires_grad) for p in model.parameters()]
-        self.peft_config = dict(model.peft_config) if hasattr(model, "peft_config") else None
-        self.loaded = getattr(model, "_hf_peft_config_loaded", None)
-
-    def restore(self) -> None:
-        for layer, names, active in self.layers:
-            for name in set(layer._all_available_adapter_names()) - set(names):
-                for attribute in layer.adapter_layer_names + layer.other_param_names:
-                    if name in getattr(layer, attribute):
-                        del getattr(layer, attribute)[name]
-            layer.set_adapter(active)
-        for module, children in self.children:
-            if not isinstance(module, (nn.ParameterDict, nn.ModuleDict)):
-                module._modules.update(children)
-        if self.peft_config is None:
-            self.model.__dict__.pop("peft_config", None)
-        else:
-            self.model.peft_config = self.peft_config
-        if self.loaded is not None:
-            self.model._hf_peft_config_loaded = self.loaded
-        for parameter, flag in self.requires_grad:
-            parameter.requires_grad_(flag)
