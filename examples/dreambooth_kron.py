@@ -79,8 +79,9 @@ def main(args: Any) -> dict[str, Any]:
         ],
     )
     device, say = accelerator.device, accelerator.print
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     if args.seed < 0:
         raise TrainingError(f"--seed {args.seed}: expected an integer of at least 0.")
     set_seed(args.seed)
