@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables (Markdown, to standard output) and a plot from result files.
 
-python -m benchmarks.report benchmarks/results/*.json [--plot docs/performance.png]
+python -m benchmarks.report benchmarks/results/*.json [--plot docs/performance.png --only SDXL]
 """
 
 from __future__ import annotations
@@ -86,14 +86,15 @@ def scaling_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Added forward + backward time of every provider, one panel a case, on a logarithmic scale."""
+def plot(results: list[dict[str, Any]], path: Path, only: str = "") -> None:
+    """Added forward + backward time of every provider, one panel a case that `only` is in, on a logarithmic scale."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    panels = [(result, case, factors) for result in results for case, factors in _cases(result)]
+    panels = [(result, case, factors) for result in results for case, factors in _cases(result) if only in case]
     columns = min(4, len(panels))
     height = -(-len(panels) // columns)
     figure, axes = plt.subplots(height, columns, figsize=(4.4 * columns, 3.2 * height), squeeze=False)
@@ -105,9 +106,13 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         frozen = next(r for r in result["rows"] if r["case"]["name"] == case and r["provider"] == "frozen")
         added = [max(r["training"]["added"], 1e-5) * 1e3 for r in rows]
         colours = ["#d1495b" if r["provider"] == "KronA" else "#8d99ae" for r in rows]
-        axis.barh([r["provider"] for r in rows], added, color=colours)
+        names = [r["provider"] for r in rows]
+        axis.hlines(names, 0.1, added, color="#e5e8ee", linewidth=1)
+        axis.scatter(added, names, color=colours, s=36, zorder=2)
         axis.axvline(frozen["training"]["p50"] * 1e3, color="black", linewidth=0.8, linestyle=":")
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.invert_yaxis()
         axis.set_title(f"{case}\n({factors[0]},{factors[1]}), {result['dtype']}", fontsize=8)
         axis.set_xlabel("ms added to forward + backward (dotted: the frozen layer)", fontsize=7)
@@ -129,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--only", default="", help="plot only the cases whose name contains this")
     args = parser.parse_args(argv)
     results = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
     for path, result in zip(args.results, results, strict=True):
@@ -136,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         print(TABLES[result["suite"]](result))
     layers = [result for result in results if result["suite"] == "layer"]
     if args.plot and layers:
-        plot(layers, args.plot)
+        plot(layers, args.plot, args.only)
         print(f"\nwrote {args.plot}")
 
 
