@@ -191,7 +191,7 @@ def _load_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, wher
         FormatError: names the keys that are missing, left over or of the wrong shape.
     """
     state_dict = {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
-    expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     if not expected.keys() & state_dict.keys():
         # transformers 5 dropped "text_model." from CLIPTextModel's module names, and files are from before and after
         prefix = "text_model."
@@ -245,7 +245,7 @@ def _add_adapter(model: nn.Module, config: KronAConfig, adapter_name: str, compo
 
 
 def _save_component(model: nn.Module, config: KronAConfig, adapter_name: str, folder: Path) -> Path:
-    state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     state_dict = {f"{_PEFT_PREFIX}{key}": tensor.contiguous().cpu() for key, tensor in state_dict.items()}
     config = copy.deepcopy(config)
     config.inference_mode = True
