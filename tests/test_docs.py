@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from peft_krona.__main__ import main
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]
 
@@ -15,7 +17,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+def test_python_and_commands_of_the_readme_run(tmp_path, monkeypatch):
     """All blocks in turn, as one program, in a copy of the folder layout that they name."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
@@ -26,6 +28,16 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert namespace["image"].size == (64, 64)
     assert len(namespace["trainable"]) > 0
     assert (tmp_path / "output/my-adapter/unet/adapter_model.safetensors").is_file()
+
+
+    lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True)[3:] for line in lines if line.startswith("python -m peft_krona")]
+    assert len(commands) == 5
+    for arguments in commands:
+        if "pytorch_lora_weights.safetensors" not in arguments:  # a file that the reader has downloaded
+            assert main(arguments) == 0, arguments
+    for made in ("my-adapter.safetensors", "my-lora.safetensors", "adapter.png", "merged-pipeline/model_index.json"):
+        assert (tmp_path / made).is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
