@@ -11,18 +11,26 @@ test: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(RUN) -m pytest -n auto --dist worksteal
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.demo
 	$(RUN) examples/dreambooth_kron.py
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+# .demo has what the examples need, .ready what the tests need as well
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(call install,.[examples])
+
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
-	touch $@
+	$(call install,.[dev])
+
+define install
+$(PYTHON) -m venv $(VENV)
+$(RUN) -m pip install --quiet --upgrade pip
+$(RUN) -m pip install --quiet -c constraints.txt -e '$(1)'
+touch $@
+endef
 
 clean:
 	rm -rf $(VENV) output .pytest_cache .ruff_cache
