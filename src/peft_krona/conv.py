@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,12 +19,6 @@ class _ConvNd(KronALayer):
 
     def _kernel(self) -> tuple[int, ...]:
         return tuple(self.get_base_layer().kernel_size)
-
-    def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        for name in names:
-            result = self._add_delta(result, x, name)
-        return result
 
     def _add_delta(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
         base = self.get_base_layer()

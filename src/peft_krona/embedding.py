@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .layer import KronALayer
@@ -16,12 +14,6 @@ class Embedding(KronALayer):
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         return super().get_delta_weight(adapter_name).T.contiguous()
-
-    def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        for name in names:
-            result = self._add_delta(result, x, name)
-        return result
 
     def _add_delta(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
         A, B = self.krona_A[name], self.krona_B[name]

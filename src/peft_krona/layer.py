@@ -84,7 +84,10 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Base layer plus the named adapters."""
-        raise NotImplementedError
+        result = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            result = self._add_delta(result, x, name)
+        return result
 
     # -- adapters -----------------------------------------------------------------------------------------------
 
