@@ -29,7 +29,6 @@ def test_python_and_commands_of_the_readme_run(tmp_path, monkeypatch):
     assert len(namespace["trainable"]) > 0
     assert (tmp_path / "output/my-adapter/unet/adapter_model.safetensors").is_file()
 
-
     lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True)[3:] for line in lines if line.startswith("python -m peft_krona")]
     assert len(commands) == 5

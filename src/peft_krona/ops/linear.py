@@ -54,11 +54,11 @@ def kron_linear(
     """
     check_shapes(x, A, B, base, layout, order)
     dtype = compute_dtype(x)
-    plan = Plan.of(A, B, layout, order)
     backend = choose_backend(backend, x.device, dtype)
-    out_shape = (*x.shape[:-1], plan.a_out * plan.b_out)
     with torch.autocast(x.device.type, enabled=False):
         A, B = _prepared(A, B, scale, dtype)
+        plan = Plan.of(A, B, layout, order)
+        out_shape = (*x.shape[:-1], plan.a_out * plan.b_out)
         x = _rows(x.to(dtype))
         if base is not None and base.dtype != dtype:  # e.g. an fp32 residual stream over a bf16 product
             return base + _apply(x, A, B, None, plan, backend).view(out_shape).to(base.dtype)
@@ -91,9 +91,9 @@ def linear_kron_linear(
     if backend == "torch" and _needs_plain_ops():
         return kron_linear(x, A, B, scale=scale, base=F.linear(x, weight, bias), layout=layout, backend=backend)
     check_shapes(x, A, B, None, layout, None)
-    plan = Plan.of(A, B, layout)
     with torch.autocast(x.device.type, enabled=False):
         A, B = _prepared(A, B, scale, dtype)
+        plan = Plan.of(A, B, layout)
         if dtype != weight.dtype and dtype != x.dtype:  # autocast; otherwise F.linear itself reports a mismatch
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         rows = _rows(x.to(dtype))

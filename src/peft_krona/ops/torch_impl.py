@@ -5,13 +5,13 @@ Symbols: T tokens (rows of x), K = a_in, v = b_in, I = a_out, u = b_out, n = one
 as X (K, v), one term is Y = A X B^T of shape (I, u), laid out as (I, u) for layout "kron" and as (u, I) for
 "diffusekrona". There are two orders, and the sum over the terms rides along in an inner dimension of both:
 
-    b_first   U (T, K n, u) = X B^T   one GEMM over T*K rows;     Y += A U     batched over T
+    b_first   U (T, K n, u) = X B^T   one GEMM over T*K rows;     Y += A U     see mix.py
     a_first   V (T, I n, v) = A X     batched over T;             Y += V B^T   one GEMM over T*I rows
 
-`Plan` holds the sizes, the order, and the three contractions that forward and backward are made of. `factored` is the
-op as ordinary differentiable torch: torch.compile and torch.func differentiate and fuse that themselves. `KronAdd` and
-`LinearKronAdd` are the op as one autograd node, which spares passes over x and y: GEMMs accumulate the adapter's part
-of y and of dX in place (beta = 1) instead of writing it out and adding it afterwards.
+`Plan` holds the sizes, the order, the form of the product with A, and the three contractions that forward and backward
+are made of. `factored` is the op as ordinary differentiable torch: torch.compile and torch.func differentiate and fuse
+that themselves. `KronAdd` and `LinearKronAdd` are the op as one autograd node, which spares passes over x and y: GEMMs
+accumulate y and dX in place (beta = 1) instead of writing the adapter's part out and adding it afterwards.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 
 from ..factors import cheaper_order
+from .mix import default_form, mix, mix_add_, mix_backward, mix_gradient, sum_over_tokens
 
 
 class Plan(NamedTuple):
-    """Sizes and contraction order of one Kronecker product."""
+    """Sizes, contraction order and form (mix.py; b_first only) of one Kronecker product."""
 
     r: int
     a_out: int
@@ -34,11 +35,18 @@ class Plan(NamedTuple):
     b_in: int
     layout: str
     order: str
+    form: str
 
     @classmethod
-    def of(cls, A: torch.Tensor, B: torch.Tensor, layout: str, order: str | None = None) -> Plan:
-        sizes = (*A.shape[1:], *B.shape[1:3])
-        return cls(A.shape[0], *sizes, layout, order or cheaper_order(*sizes))
+    def of(
+        cls, A: torch.Tensor, B: torch.Tensor, layout: str, order: str | None = None, form: str | None = None
+    ) -> Plan:
+        """The plan for A (r, a_out, a_in) and B (r, b_out, b_in), in the order and form that suit them if not given."""
+        r, a_out, a_in, b_out, b_in = (*A.shape, *B.shape[1:3])
+        order = order or cheaper_order(a_out, a_in, b_out, b_in)
+        if form is None:
+            form = default_form(r * a_in, b_out, a_out, a_in * b_in, layout, A.device.type, A.dtype)
+        return cls(r, a_out, a_in, b_out, b_in, layout, order, form)
 
     @property
     def intermediate(self) -> int:
@@ -47,7 +55,7 @@ class Plan(NamedTuple):
 
     def matrices(self, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B as the matrices that multiply: (I, K n), (n u, v) | (I n, K), (n v, u) | (K, n I), (u, v n)."""
-        r, a_out, a_in, b_out, b_in, layout, order = self
+        r, a_out, a_in, b_out, b_in, layout, order, _ = self
         if order == "b_first":
             return A.permute(1, 2, 0).reshape(a_out, a_in * r), B.reshape(r * b_out, b_in)
         if layout == "kron":
@@ -56,7 +64,7 @@ class Plan(NamedTuple):
 
     def unmatrix_A(self, dA: torch.Tensor) -> torch.Tensor:
         """Inverse of `matrices` for A (here: for its gradient)."""
-        r, a_out, a_in, _, _, layout, order = self
+        r, a_out, a_in, _, _, layout, order, _ = self
         if order == "b_first":
             return dA.reshape(a_out, a_in, r).permute(2, 0, 1)
         return (
@@ -65,7 +73,7 @@ class Plan(NamedTuple):
 
     def unmatrix_B(self, dB: torch.Tensor) -> torch.Tensor:
         """Inverse of `matrices` for B."""
-        r, _, _, b_out, b_in, layout, order = self
+        r, _, _, b_out, b_in, layout, order, _ = self
         if order == "b_first":
             return dB.view(r, b_out, b_in)
         return (
@@ -74,7 +82,7 @@ class Plan(NamedTuple):
 
     def first(self, x: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor) -> torch.Tensor:
         """x (T, in) -> the intermediate: U (T, K n, u) for b_first, V (T, I n, v) or (T, v n, I) for a_first."""
-        r, a_out, a_in, b_out, b_in, layout, order = self
+        r, a_out, a_in, b_out, b_in, layout, order, _ = self
         T = x.shape[0]
         if order == "b_first":
             return (x.view(T * a_in, b_in) @ mB.t()).view(T, a_in * r, b_out)
@@ -85,12 +93,11 @@ class Plan(NamedTuple):
 
     def second(self, h: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor) -> torch.Tensor:
         """The intermediate -> (T, out), as a new tensor."""
-        r, a_out, _, b_out, b_in, layout, order = self
+        r, a_out, _, b_out, b_in, layout, order, form = self
         T = h.shape[0]
         if order == "b_first":
-            A = mA.expand(T, -1, -1)
-            y = torch.bmm(A, h) if layout == "kron" else torch.bmm(h.transpose(1, 2), A.transpose(1, 2))
-        elif layout == "kron":
+            return mix(mA, h, layout, form)
+        if layout == "kron":
             y = h.view(T * a_out, r * b_in) @ mB
         else:
             y = torch.bmm(mB.expand(T, -1, -1), h)
@@ -98,14 +105,10 @@ class Plan(NamedTuple):
 
     def second_add_(self, y: torch.Tensor, h: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor) -> None:
         """y (T, out) += second(h), inside the GEMM. y must be contiguous and owned by the caller."""
-        r, a_out, _, b_out, b_in, layout, order = self
+        r, a_out, _, b_out, b_in, layout, order, form = self
         T = h.shape[0]
         if order == "b_first":
-            A = mA.expand(T, -1, -1)
-            if layout == "kron":
-                y.view(T, a_out, b_out).baddbmm_(A, h)
-            else:
-                y.view(T, b_out, a_out).baddbmm_(h.transpose(1, 2), A.transpose(1, 2))
+            mix_add_(y, mA, h, layout, form)
         elif layout == "kron":
             y.view(T * a_out, b_out).addmm_(h.view(T * a_out, r * b_in), mB)
         else:
@@ -115,49 +118,38 @@ class Plan(NamedTuple):
         self, dy: torch.Tensor, h: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(gradient of the intermediate, gradient of the matrix that `second` multiplied with)."""
-        r, a_out, _, b_out, b_in, layout, order = self
+        r, a_out, _, b_out, b_in, layout, order, form = self
         T = h.shape[0]
-        if order == "a_first" and layout == "kron":
+        if order == "b_first":
+            return mix_backward(dy, mA, b_out, layout, form), mix_gradient(dy, h, a_out, layout, form)
+        if layout == "kron":
             g = dy.view(T * a_out, b_out)
             return (g @ mB.t()).view(T, a_out * r, b_in), h.view(T * a_out, r * b_in).t() @ g
-        if order == "b_first":
-            g = dy.view(T, a_out, b_out) if layout == "kron" else dy.view(T, b_out, a_out).transpose(1, 2)
-            m = mA
-        else:
-            g, m = dy.view(T, b_out, a_out), mB
-        return torch.bmm(m.t().expand(T, -1, -1), g), _sum_over_tokens(g, h.transpose(1, 2))
+        g = dy.view(T, b_out, a_out)
+        return torch.bmm(mB.t().expand(T, -1, -1), g), sum_over_tokens(g, h.transpose(1, 2))
 
     def first_backward_B(self, dh: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Gradient of the matrix that `first` multiplied with: mB for b_first, mA for a_first."""
-        r, a_out, a_in, b_out, b_in, layout, order = self
+        r, a_out, a_in, b_out, b_in, layout, order, _ = self
         T = x.shape[0]
         if order == "b_first":
             return dh.view(T * a_in, r * b_out).t() @ x.view(T * a_in, b_in)
         X = x.view(T, a_in, b_in)
         if layout == "kron":
-            return _sum_over_tokens(dh, X.transpose(1, 2))
-        return _sum_over_tokens(X, dh.view(T, b_in, r * a_out))
+            return sum_over_tokens(dh, X.transpose(1, 2))
+        return sum_over_tokens(X, dh.view(T, b_in, r * a_out))
 
-    def first_backward_x(
-        self, dh: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor, dx: torch.Tensor | None
-    ) -> torch.Tensor:
-        """dX (T, in); accumulated into `dx`, which the caller owns, where one is given."""
-        r, a_out, a_in, b_out, b_in, layout, order = self
+    def first_backward_x(self, dh: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor) -> torch.Tensor:
+        """dX (T, in), as a new tensor."""
+        r, a_out, a_in, b_out, b_in, layout, order, _ = self
         T = dh.shape[0]
         if order == "b_first":
-            g = dh.view(T * a_in, r * b_out)
-            if dx is None:
-                return (g @ mB).view(T, a_in * b_in)
-            dx.view(T * a_in, b_in).addmm_(g, mB)
-            return dx
-        if layout == "kron":
-            left, right = mA.t().expand(T, -1, -1), dh
+            dx = dh.view(T * a_in, r * b_out) @ mB
+        elif layout == "kron":
+            dx = torch.bmm(mA.t().expand(T, -1, -1), dh)
         else:
-            left, right = mA.expand(T, -1, -1), dh.view(T, b_in, r * a_out).transpose(1, 2)
-        if dx is None:
-            return torch.bmm(left, right).view(T, a_in * b_in)
-        dx.view(T, a_in, b_in).baddbmm_(left, right)
-        return dx
+            dx = torch.bmm(mA.expand(T, -1, -1), dh.view(T, b_in, r * a_out).transpose(1, 2))
+        return dx.view(T, a_in * b_in)
 
     def backward(
         self,
@@ -167,7 +159,6 @@ class Plan(NamedTuple):
         A: torch.Tensor,
         B: torch.Tensor,
         needs: tuple[bool, bool, bool],
-        dx: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """(dX, dA, dB) from dy (T, out), x (T, in) and the saved intermediate, each only if `needs` says so."""
         need_x, need_A, need_B = needs
@@ -178,17 +169,10 @@ class Plan(NamedTuple):
             d_first = self.first_backward_B(dh, x)
         dmA, dmB = (d_second, d_first) if self.order == "b_first" else (d_first, d_second)
         return (
-            self.first_backward_x(dh, mA, mB, dx) if need_x else None,
+            self.first_backward_x(dh, mA, mB) if need_x else None,
             self.unmatrix_A(dmA) if need_A and dmA is not None else None,
             self.unmatrix_B(dmB) if need_B and dmB is not None else None,
         )
-
-
-def _sum_over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """sum_t a[t] @ b[t], a (T, p, q), b (T, q, s), summed over tokens in at least fp32."""
-    if a.shape[1] > b.shape[2]:  # a batched GEMM with few columns takes up to three times as long on a CPU
-        return _sum_over_tokens(b.transpose(1, 2), a.transpose(1, 2)).t()
-    return torch.bmm(a, b).sum(0, dtype=torch.promote_types(a.dtype, torch.float32)).to(a.dtype)
 
 
 def factored(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tensor | None, plan: Plan) -> torch.Tensor:
@@ -250,8 +234,9 @@ class LinearKronAdd(torch.autograd.Function):
             dy = dy.contiguous()
             if torch.is_grad_enabled():
                 h = plan.first(x, *plan.matrices(A, B))
-            dx = dy @ weight if ctx.needs_input_grad[0] else None
-            dX, dA, dB = plan.backward(dy, x, h, A, B, ctx.needs_input_grad[:3], dx)
+            dX, dA, dB = plan.backward(dy, x, h, A, B, ctx.needs_input_grad[:3])
+            if dX is not None:  # the base's large GEMM reads dX as it goes: quicker than adding the adapter's part last
+                dX.addmm_(dy, weight)
         return dX, dA, dB, None, None, None
 
 

@@ -279,7 +279,7 @@ def constants(plan: Plan, mA: torch.Tensor, mB: torch.Tensor) -> dict[str, objec
     Args:
         mA: (P, Q). mB: (C, D) for b_first, (D, C) for a_first.
     """
-    r, a_out, a_in, b_out, b_in, layout, order = plan
+    r, a_out, a_in, b_out, b_in, layout, order, _ = plan
     b_first = order == "b_first"
     S, D, C, W = (a_in, b_in, r * b_out, b_out) if b_first else (a_out, r * b_in, b_out, b_in)
     P, Q = mA.shape

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The product with A in plain torch: y[t] = A h[t] for every token, in the form that the device is quick at.
+
+Symbols: T tokens, I = a_out, u = b_out, Q = a_in * r (the terms ride along in it). h is (T, Q, u). y is (T, I, u) for
+layout "kron", (T, u, I) for "diffusekrona". Forms:
+
+    batched     one small GEMM a token
+    paired      two rows of A are taken as one, (I/2, 2 Q) times [h 0; 0 h]: twice the multiplications, but twice the
+                columns as well, as MKL's fp32 GEMM takes 2.5 times as long below 12 columns ("kron" only)
+    expanded    one GEMM with A (x) I_u, of (out, Q u): u times the multiplications, at the speed of a large GEMM
+
+docs/performance.md has the measurements behind `default_form`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+FORMS = ("batched", "paired", "expanded")
+
+
+def default_form(Q: int, u: int, a_out: int, n_in: int, layout: str, device: str, dtype: torch.dtype) -> str:
+    """The form to take for A (a_out, Q) where nothing was measured on this machine."""
+    if device != "cpu":  # launches and tensor cores: one GEMM, while it stays small beside the frozen layer's
+        return "expanded" if 4 * Q * u <= n_in else "batched"
+    if u <= 5:
+        return "expanded"
+    if dtype == torch.float32 and u < 12 and can_pair(a_out, layout) and a_out >= 4 * Q:
+        return "paired"
+    return "batched"
+
+
+def can_pair(a_out: int, layout: str) -> bool:
+    """Whether the form "paired" exists."""
+    return layout == "kron" and a_out % 2 == 0
+
+
+def mix(A: torch.Tensor, h: torch.Tensor, layout: str, form: str) -> torch.Tensor:
+    """A (I, Q) times h (T, Q, u), as (T, I u)."""
+    return torch.bmm(*_operands(A, h, layout, form)).reshape(h.shape[0], A.shape[0] * h.shape[2])
+
+
+def mix_add_(y: torch.Tensor, A: torch.Tensor, h: torch.Tensor, layout: str, form: str) -> None:
+    """y (T, I u) += mix(A, h), inside the GEMM. y must be contiguous and owned by the caller."""
+    left, right = _operands(A, h, layout, form)
+    y.view(left.shape[0], left.shape[1], right.shape[2]).baddbmm_(left, right)
+
+
+def _operands(A: torch.Tensor, h: torch.Tensor, layout: str, form: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batched product that is y."""
+    T, Q, u = h.shape
+    if form == "expanded":
+        return h.reshape(1, T, Q * u), _expanded(A, u, layout).t().unsqueeze(0)
+    if form == "paired":
+        h = torch.cat((h, h.new_zeros(T, Q, 2 * u), h), 2).view(T, 2 * Q, 2 * u)
+        return _paired(A).expand(T, -1, -1), h
+    if layout == "kron":
+        return A.expand(T, -1, -1), h
+    return h.transpose(1, 2), A.t().expand(T, -1, -1)
+
+
+def mix_backward(dy: torch.Tensor, A: torch.Tensor, u: int, layout: str, form: str) -> torch.Tensor:
+    """The gradient (T, Q, u) of h from dy (T, I u)."""
+    (a_out, Q), T = A.shape, dy.shape[0]
+    if form == "expanded":
+        return (dy @ _expanded(A, u, layout)).view(T, Q, u)
+    if form == "paired":
+        blocks = torch.bmm(_paired(A).t().expand(T, -1, -1), dy.view(T, a_out // 2, 2 * u)).view(T, Q, 2, 2 * u)
+        return blocks[:, :, 0, :u] + blocks[:, :, 1, u:]
+    return torch.bmm(A.t().expand(T, -1, -1), _as_kron(dy, a_out, u, layout))
+
+
+def mix_gradient(dy: torch.Tensor, h: torch.Tensor, a_out: int, layout: str, form: str) -> torch.Tensor:
+    """The gradient (I, Q) of A from dy (T, I u) and h (T, Q, u)."""
+    T, Q, u = h.shape
+    if form == "expanded":  # of the large product only the blocks' diagonals belong to A
+        blocks = dy.t() @ h.view(T, Q * u)
+        if layout == "kron":
+            diagonals = blocks.view(a_out, u, Q, u).diagonal(dim1=1, dim2=3)
+        else:
+            diagonals = blocks.view(u, a_out, Q, u).diagonal(dim1=0, dim2=3)
+        return diagonals.sum(-1, dtype=_wide(dy.dtype)).to(dy.dtype)
+    return sum_over_tokens(_as_kron(dy, a_out, u, layout), h.transpose(1, 2))
+
+
+def sum_over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """sum_t a[t] @ b[t], a (T, p, q), b (T, q, s), summed over tokens in at least fp32."""
+    if a.shape[1] > b.shape[2]:  # a batched GEMM with few columns takes up to three times as long on a CPU
+        return sum_over_tokens(b.transpose(1, 2), a.transpose(1, 2)).t()
+    return torch.bmm(a, b).sum(0, dtype=_wide(a.dtype)).to(a.dtype)
+
+
+def _as_kron(dy: torch.Tensor, a_out: int, u: int, layout: str) -> torch.Tensor:
+    """(T, I u) as (T, I, u)."""
+    return dy.view(-1, a_out, u) if layout == "kron" else dy.view(-1, u, a_out).transpose(1, 2)
+
+
+def _paired(A: torch.Tensor) -> torch.Tensor:
+    """(I, Q) -> (I/2, Q 2): row 2i + j becomes the columns (q, j) of row i."""
+    a_out, Q = A.shape
+    return A.view(a_out // 2, 2, Q).transpose(1, 2).reshape(a_out // 2, 2 * Q)
+
+
+def _expanded(A: torch.Tensor, u: int, layout: str) -> torch.Tensor:
+    """A (x) I_u of (I u, Q u), its rows in the order of y."""
+    identity = torch.eye(u, dtype=A.dtype, device=A.device)
+    blocks = A[:, None, :, None] * identity[:, None, :]  # (I, u, Q, u)
+    return (blocks if layout == "kron" else blocks.transpose(0, 1)).reshape(A.shape[0] * u, A.shape[1] * u)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

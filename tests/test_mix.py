@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forms of the product with A: each against float64, and which one is taken."""
+
+import itertools
+
+import pytest
+import torch
+
+from peft_krona.ops.mix import FORMS, can_pair, default_form
+from peft_krona.ops.reference import delta_weight_loop
+from peft_krona.ops.torch_impl import KronAdd, LinearKronAdd, Plan, factored
+
+LAYOUTS = ("kron", "diffusekrona")
+CASES = [case for case in itertools.product(FORMS, LAYOUTS) if can_pair(4, case[1]) or case[0] != "paired"]
+SHAPES = [(5, 1, 4, 3, 2, 6), (7, 3, 2, 5, 6, 3), (3, 2, 8, 1, 1, 9), (4, 2, 6, 4, 7, 1), (0, 2, 4, 2, 3, 5)]
+
+
+def make(shape, layout, form, dtype=torch.float64):
+    """x, A, B as leaves, base, dy and the plan in that form, always b_first."""
+    tokens, r, a_out, a_in, b_out, b_in = shape
+    x, A, B = torch.randn(tokens, a_in * b_in), torch.randn(r, a_out, a_in), torch.randn(r, b_out, b_in)
+    base, dy = torch.randn(tokens, a_out * b_out), torch.randn(tokens, a_out * b_out)
+    x, A, B, base, dy = (t.to(dtype) for t in (x, A, B, base, dy))
+    return [t.requires_grad_() for t in (x, A, B)], base, dy, Plan.of(A, B, layout, "b_first", form)
+
+
+def dense(leaves, base, dy, layout):
+    """Output and gradients through dW in float64."""
+    x, A, B = (t.detach().double().requires_grad_() for t in leaves)
+    subscripts = "nik,nuv->iukv" if layout == "kron" else "nik,nuv->uikv"
+    dW = torch.einsum(subscripts, A, B).reshape(base.shape[1], x.shape[1])
+    torch.testing.assert_close(dW.detach(), delta_weight_loop(A.detach(), B.detach(), 1.0, layout))
+    y = base.double() + x @ dW.T
+    return [y.detach(), *torch.autograd.grad(y, (x, A, B), dy.double())]
+
+
+@pytest.mark.parametrize("form,layout", CASES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_form_is_the_product(shape, form, layout):
+    leaves, base, dy, plan = make(shape, layout, form)
+    expected = dense(leaves, base, dy, layout)
+    weight, bias = (
+        torch.randn(base.shape[1], leaves[0].shape[1], dtype=torch.float64),
+        torch.randn(base.shape[1]).double(),
+    )
+    frozen = leaves[0].detach() @ weight.T + bias
+    for y, offset in (
+        (KronAdd.apply(*leaves, base, plan), 0),
+        (KronAdd.apply(*leaves, None, plan), -base),
+        (factored(*leaves, base, plan), 0),
+        (LinearKronAdd.apply(*leaves, weight, bias, plan), frozen - base),
+    ):
+        torch.testing.assert_close(y.detach(), expected[0] + offset)
+        dx, dA, dB = torch.autograd.grad(y, leaves, dy)
+        torch.testing.assert_close(dA, expected[2])
+        torch.testing.assert_close(dB, expected[3])
+    torch.testing.assert_close(dx, expected[1] + dy @ weight)
+
+
+@pytest.mark.parametrize("form,layout", CASES)
+def test_every_form_has_second_derivatives(form, layout):
+    leaves, base, _, plan = make((2, 2, 4, 2, 3, 2), layout, form)
+    weight = torch.randn(base.shape[1], leaves[0].shape[1], dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda *leaves: KronAdd.apply(*leaves, base, plan), leaves)
+    assert torch.autograd.gradgradcheck(lambda *leaves: LinearKronAdd.apply(*leaves, weight, None, plan), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form,layout", CASES)
+def test_every_form_rounds_like_the_batched_one(form, layout, dtype):
+    shape = (33, 2, 16, 4, 6, 20)
+    results = {}
+    for name in (form, "batched"):
+        torch.manual_seed(0)
+        leaves, base, dy, plan = make(shape, layout, name, dtype)
+        y = KronAdd.apply(*leaves, base, plan)
+        results[name] = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+    for got, batched, want in zip(results[form], results["batched"], dense(leaves, base, dy, layout), strict=True):
+        assert got.dtype == dtype
+        error, plain = ((t.double() - want).abs().max() / want.abs().max() for t in (got, batched))
+        assert error <= 2 * plain + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("form,layout", CASES)
+def test_a_zero_factor_changes_nothing_bitwise(form, layout):
+    (x, A, B), base, _, plan = make((50, 2, 8, 4, 6, 8), layout, form, torch.float32)
+    assert torch.equal(KronAdd.apply(x, A, torch.zeros_like(B), base, plan), base)
+
+
+@pytest.mark.parametrize(
+    "Q,u,a_out,n_in,layout,device,dtype,form",
+    [
+        (4, 5, 64, 320, "kron", "cpu", torch.float32, "expanded"),
+        (4, 5, 64, 320, "diffusekrona", "cpu", torch.bfloat16, "expanded"),
+        (8, 10, 64, 640, "kron", "cpu", torch.float32, "paired"),
+        (8, 10, 64, 640, "kron", "cpu", torch.bfloat16, "batched"),
+        (8, 10, 64, 640, "diffusekrona", "cpu", torch.float32, "batched"),
+        (16, 8, 15, 240, "kron", "cpu", torch.float32, "batched"),  # 15 rows have no pairs
+        (32, 10, 64, 640, "kron", "cpu", torch.float32, "batched"),  # too few rows for so many columns
+        (4, 20, 64, 1280, "kron", "cpu", torch.float32, "batched"),
+        (4, 20, 64, 1280, "kron", "cuda", torch.bfloat16, "expanded"),
+        (32, 40, 32, 1280, "kron", "cuda", torch.bfloat16, "batched"),  # as large as the frozen layer
+    ],
+)
+def test_default_form(Q, u, a_out, n_in, layout, device, dtype, form):
+    assert default_form(Q, u, a_out, n_in, layout, device, dtype) == form
