@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import subprocess
 import time
 from collections.abc import Callable
@@ -19,11 +20,16 @@ HEAD_START = 5_000_000  # cycles, about 3 ms, in which a GPU waits while the ste
 
 
 def interleaved(steps: dict[str, Step], repetitions: int, device: str, label: str) -> dict[str, list[float]]:
-    """Seconds of every step, all of them in turn in every repetition, so that drift hits all alike."""
+    """Seconds of every step, all of them once in every repetition, so that drift hits all alike.
+
+    Their order is drawn anew each time: what ran before a step leaves it caches and an allocator in a certain state,
+    which was seen to move a step's time by several percent.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
+    order = random.Random(0)
     for repetition in tqdm(range(-2, repetitions), desc=label, leave=False):
-        for name, step in steps.items():
-            seconds = _timed(step, device)
+        for name in order.sample(list(steps), len(steps)):
+            seconds = _timed(steps[name], device)
             if repetition >= 0:  # the first two rounds warm up
                 times[name].append(seconds)
     return times

@@ -9,8 +9,8 @@
 width, r or the number of active adapters grow. `unet`: one training step of a real UNet (random weights). `inference`:
 one denoising step of it, without gradients, KronA merged and not. `benchmarks/gpu.sh` runs all of them on a GPU.
 
-All providers of a case run in turn in every repetition; ratios are medians of the ratios within a repetition. A
-provider whose output is not base + dW x is reported as wrong, without a speed.
+All providers of a case run once in every repetition, in a new order each time; ratios are medians of the ratios within
+a repetition. A provider whose output is not base + dW x is reported as wrong, without a speed.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def fused(x, A, B, base, weight, bias, layout, order):
     plan = Plan.of(A, B, layout, order)
     if weight is None:
         return triton_kernels.forward(x, A, B, base, plan)
-    with no_autocast(x):
+    with no_autocast(x.device):
         y = F.linear(x, weight, bias)
     return y, triton_kernels.forward_(x, A, B, y, plan)
 
@@ -47,7 +47,7 @@ def fused_backward(dy, x, h, A, B, weight, layout, order, need_x, need_factors):
     """(dX, dA, dB), empty tensors for what is not needed. dX includes the frozen layer's part if there is a weight."""
     from . import triton_kernels
 
-    with no_autocast(dy):
+    with no_autocast(dy.device):
         dx = dy @ weight if need_x and weight is not None else None
     gradients = triton_kernels.backward(dy, x, h, A, B, Plan.of(A, B, layout, order), dx, need_x, need_factors)
     return tuple(x.new_empty(0) if g is None else g for g in gradients)

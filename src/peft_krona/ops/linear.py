@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ..errors import ShapeError
 from .backend import choose_backend
 from .library import fused
-from .torch_impl import KronAdd, LinearKronAdd, Plan, factored
+from .torch_impl import KronAdd, LinearKronAdd, Plan, factored, no_autocast, prepared
 
 LAYOUTS = ("kron", "diffusekrona")
 
@@ -55,15 +55,14 @@ def kron_linear(
     check_shapes(x, A, B, base, layout, order)
     dtype = compute_dtype(x)
     backend = choose_backend(backend, x.device, dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        A, B = _prepared(A, B, scale, dtype)
-        plan = Plan.of(A, B, layout, order)
-        out_shape = (*x.shape[:-1], plan.a_out * plan.b_out)
-        x = _rows(x.to(dtype))
+    plan = Plan.of(A, B, layout, order, dtype=dtype)
+    out_shape = (*x.shape[:-1], plan.a_out * plan.b_out)
+    with no_autocast(x.device):
+        x = _rows(x, dtype)
         if base is not None and base.dtype != dtype:  # e.g. an fp32 residual stream over a bf16 product
-            return base + _apply(x, A, B, None, plan, backend).view(out_shape).to(base.dtype)
+            return base + _apply(x, A, B, scale, None, plan, backend).view(out_shape).to(base.dtype)
         base = None if base is None else base.reshape(-1, out_shape[-1])
-        return _apply(x, A, B, base, plan, backend).view(out_shape)
+        return _apply(x, A, B, scale, base, plan, backend).view(out_shape)
 
 
 def linear_kron_linear(
@@ -91,17 +90,18 @@ def linear_kron_linear(
     if backend == "torch" and _needs_plain_ops():
         return kron_linear(x, A, B, scale=scale, base=F.linear(x, weight, bias), layout=layout, backend=backend)
     check_shapes(x, A, B, None, layout, None)
-    with torch.autocast(x.device.type, enabled=False):
-        A, B = _prepared(A, B, scale, dtype)
-        plan = Plan.of(A, B, layout)
+    plan = Plan.of(A, B, layout, dtype=dtype)
+    with no_autocast(x.device):
         if dtype != weight.dtype and dtype != x.dtype:  # autocast; otherwise F.linear itself reports a mismatch
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        rows = _rows(x.to(dtype))
+        rows = _rows(x, dtype)
         if backend == "triton":
+            A, B = prepared(A, B, scale, dtype)
             y, _ = fused(rows, A, B, None, weight, bias, plan.layout, plan.order)
         else:
-            y = LinearKronAdd.apply(rows.contiguous(), A, B, weight, bias, plan)
-    return y.view(*x.shape[:-1], y.shape[-1])
+            A, scale = _scaled_by_number(A, scale)
+            y = LinearKronAdd.apply(rows.contiguous(), A, B, weight, bias, plan, scale)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def check_shapes(
@@ -134,15 +134,15 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _prepared(A: torch.Tensor, B: torch.Tensor, scale: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """s * A and B in the compute dtype. Scaling before the cast keeps fp32 factors exact as long as possible."""
-    if not (isinstance(scale, (int, float)) and scale == 1):
-        A = A * scale
-    return A.to(dtype), B.to(dtype)
+def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x as (tokens, in) in `dtype`."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(x.numel() // x.shape[-1], x.shape[-1])
+def _scaled_by_number(A: torch.Tensor, scale: float | torch.Tensor) -> tuple[torch.Tensor, float]:
+    """A and the number to scale it by. A tensor as s (module_dropout draws one) is multiplied in at once."""
+    return (A * scale, 1.0) if isinstance(scale, torch.Tensor) else (A, scale)
 
 
 def _needs_plain_ops() -> bool:
@@ -151,11 +151,19 @@ def _needs_plain_ops() -> bool:
 
 
 def _apply(
-    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tensor | None, plan: Plan, backend: str
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scale: float | torch.Tensor,
+    base: torch.Tensor | None,
+    plan: Plan,
+    backend: str,
 ) -> torch.Tensor:
     if backend == "triton":
+        A, B = prepared(A, B, scale, x.dtype)
         return fused(x, A, B, base, None, None, plan.layout, plan.order)[0]
     x = x.contiguous()
     if _needs_plain_ops():
-        return factored(x, A, B, base, plan)
-    return KronAdd.apply(x, A, B, base, plan)
+        return factored(x, *prepared(A, B, scale, x.dtype), base, plan)
+    A, scale = _scaled_by_number(A, scale)
+    return KronAdd.apply(x, A, B, base, plan, scale)

@@ -71,7 +71,7 @@ def mix_backward(dy: torch.Tensor, A: torch.Tensor, u: int, layout: str, form: s
 
 
 def mix_gradient(dy: torch.Tensor, h: torch.Tensor, a_out: int, layout: str, form: str) -> torch.Tensor:
-    """The gradient (I, Q) of A from dy (T, I u) and h (T, Q, u)."""
+    """The gradient (I, Q) of A from dy (T, I u) and h (T, Q, u), in at least fp32."""
     T, Q, u = h.shape
     if form == "expanded":  # of the large product only the blocks' diagonals belong to A
         blocks = dy.t() @ h.view(T, Q * u)
@@ -79,15 +79,15 @@ def mix_gradient(dy: torch.Tensor, h: torch.Tensor, a_out: int, layout: str, for
             diagonals = blocks.view(a_out, u, Q, u).diagonal(dim1=1, dim2=3)
         else:
             diagonals = blocks.view(u, a_out, Q, u).diagonal(dim1=0, dim2=3)
-        return diagonals.sum(-1, dtype=_wide(dy.dtype)).to(dy.dtype)
+        return diagonals.sum(-1, dtype=_wide(dy.dtype))
     return sum_over_tokens(_as_kron(dy, a_out, u, layout), h.transpose(1, 2))
 
 
 def sum_over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """sum_t a[t] @ b[t], a (T, p, q), b (T, q, s), summed over tokens in at least fp32."""
+    """sum_t a[t] @ b[t], a (T, p, q), b (T, q, s), summed over tokens and returned in at least fp32."""
     if a.shape[1] > b.shape[2]:  # a batched GEMM with few columns takes up to three times as long on a CPU
         return sum_over_tokens(b.transpose(1, 2), a.transpose(1, 2)).t()
-    return torch.bmm(a, b).sum(0, dtype=_wide(a.dtype)).to(a.dtype)
+    return torch.bmm(a, b).sum(0, dtype=_wide(a.dtype))
 
 
 def _as_kron(dy: torch.Tensor, a_out: int, u: int, layout: str) -> torch.Tensor:

@@ -16,6 +16,7 @@ accumulate y and dX in place (beta = 1) instead of writing the adapter's part ou
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -39,13 +40,22 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(
-        cls, A: torch.Tensor, B: torch.Tensor, layout: str, order: str | None = None, form: str | None = None
+        cls,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        layout: str,
+        order: str | None = None,
+        form: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Plan:
-        """The plan for A (r, a_out, a_in) and B (r, b_out, b_in), in the order and form that suit them if not given."""
+        """The plan for A (r, a_out, a_in) and B (r, b_out, b_in), in the order and form that suit them if not given.
+
+        dtype: that of the computation, A's if not given.
+        """
         r, a_out, a_in, b_out, b_in = (*A.shape, *B.shape[1:3])
         order = order or cheaper_order(a_out, a_in, b_out, b_in)
         if form is None:
-            form = default_form(r * a_in, b_out, a_out, a_in * b_in, layout, A.device.type, A.dtype)
+            form = default_form(r * a_in, b_out, a_out, a_in * b_in, layout, A.device.type, dtype or A.dtype)
         return cls(r, a_out, a_in, b_out, b_in, layout, order, form)
 
     @property
@@ -57,7 +67,8 @@ class Plan(NamedTuple):
         """A and B as the matrices that multiply: (I, K n), (n u, v) | (I n, K), (n v, u) | (K, n I), (u, v n)."""
         r, a_out, a_in, b_out, b_in, layout, order, _ = self
         if order == "b_first":
-            return A.permute(1, 2, 0).reshape(a_out, a_in * r), B.reshape(r * b_out, b_in)
+            mA = A.squeeze(0) if r == 1 else A.permute(1, 2, 0).reshape(a_out, a_in * r)
+            return mA, B.reshape(r * b_out, b_in)
         if layout == "kron":
             return A.permute(1, 0, 2).reshape(a_out * r, a_in), B.permute(0, 2, 1).reshape(r * b_in, b_out)
         return A.permute(2, 0, 1).reshape(a_in, r * a_out), B.permute(1, 2, 0).reshape(b_out, b_in * r)
@@ -66,7 +77,7 @@ class Plan(NamedTuple):
         """Inverse of `matrices` for A (here: for its gradient)."""
         r, a_out, a_in, _, _, layout, order, _ = self
         if order == "b_first":
-            return dA.reshape(a_out, a_in, r).permute(2, 0, 1)
+            return dA.unsqueeze(0) if r == 1 else dA.reshape(a_out, a_in, r).permute(2, 0, 1)
         return (
             dA.view(a_out, r, a_in).permute(1, 0, 2) if layout == "kron" else dA.view(a_in, r, a_out).permute(1, 2, 0)
         )
@@ -156,13 +167,12 @@ class Plan(NamedTuple):
         dy: torch.Tensor,
         x: torch.Tensor,
         h: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
+        mA: torch.Tensor,
+        mB: torch.Tensor,
         needs: tuple[bool, bool, bool],
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """(dX, dA, dB) from dy (T, out), x (T, in) and the saved intermediate, each only if `needs` says so."""
+        """(dX, dA, dB) from dy (T, out), x (T, in) and the intermediate, each only if `needs` says so."""
         need_x, need_A, need_B = needs
-        mA, mB = self.matrices(A, B)
         dh, d_second = self.second_backward(dy, h, mA, mB)
         d_first = None
         if need_B if self.order == "b_first" else need_A:
@@ -175,6 +185,15 @@ class Plan(NamedTuple):
         )
 
 
+def prepared(
+    A: torch.Tensor, B: torch.Tensor, scale: float | torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """s * A and B in the compute dtype. Scaling before the cast keeps fp32 factors exact as long as possible."""
+    if isinstance(scale, torch.Tensor) or scale != 1:
+        A = A * scale
+    return A if A.dtype == dtype else A.to(dtype), B if B.dtype == dtype else B.to(dtype)
+
+
 def factored(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tensor | None, plan: Plan) -> torch.Tensor:
     """base + the product, as ordinary torch ops. x (T, in), base (T, out) or None; all of one dtype."""
     mA, mB = plan.matrices(A, B)
@@ -183,63 +202,76 @@ def factored(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tens
 
 
 class KronAdd(torch.autograd.Function):
-    """base + the product as one autograd node. x (T, in) contiguous, base (T, out) or None; all of one dtype."""
+    """base + the product as one autograd node. x (T, in) contiguous, base (T, out) or None, both of one dtype.
+
+    Scaling the factors by `scale` (a number) and casting them to x's dtype is part of the node.
+    """
 
     @staticmethod
-    def forward(ctx, x, A, B, base, plan: Plan):
-        mA, mB = plan.matrices(A, B)
+    def forward(ctx, x, A, B, base, plan: Plan, scale: float):
+        mA, mB = plan.matrices(*prepared(A, B, scale, x.dtype))
         h = plan.first(x, mA, mB)
         if base is None:
             y = plan.second(h, mA, mB)
         else:
             y = base.clone(memory_format=torch.contiguous_format)
             plan.second_add_(y, h, mA, mB)
-        ctx.save_for_backward(x, A, B, h)
-        ctx.plan = plan
+        ctx.save_for_backward(x, A, B, mA, mB, h)
+        ctx.plan, ctx.scale = plan, scale
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, A, B, h = ctx.saved_tensors
-        plan = ctx.plan
-        with no_autocast(dy):
-            if torch.is_grad_enabled():  # create_graph=True: the intermediate must be part of the graph
-                h = plan.first(x, *plan.matrices(A, B))
-            dX, dA, dB = plan.backward(dy.contiguous(), x, h, A, B, ctx.needs_input_grad[:3])
-        return dX, dA, dB, dy if ctx.needs_input_grad[3] else None, None
+        with no_autocast(dy.device):
+            dX, dA, dB = _backward(ctx, dy.contiguous(), *ctx.saved_tensors)
+        return dX, dA, dB, dy if ctx.needs_input_grad[3] else None, None, None
 
 
 class LinearKronAdd(torch.autograd.Function):
-    """x W^T + bias + the product as one autograd node, for a frozen W and bias.
+    """x W^T + bias + the product as one autograd node, for a frozen W and bias of x's dtype.
 
-    The base's GEMM and the adapter's share one accumulator: y forward, dX backward. x (T, in) contiguous, W (out, in),
-    all of one dtype. The same numerics as `F.linear` followed by `KronAdd`.
+    The base's GEMM and the adapter's share one accumulator: y forward, dX backward. The rest as in `KronAdd`.
     """
 
     @staticmethod
-    def forward(ctx, x, A, B, weight, bias, plan: Plan):
-        mA, mB = plan.matrices(A, B)
+    def forward(ctx, x, A, B, weight, bias, plan: Plan, scale: float):
+        mA, mB = plan.matrices(*prepared(A, B, scale, x.dtype))
         y = F.linear(x, weight, bias)
         h = plan.first(x, mA, mB)
         plan.second_add_(y, h, mA, mB)
-        ctx.save_for_backward(x, A, B, weight, h)
-        ctx.plan = plan
+        ctx.save_for_backward(x, A, B, mA, mB, h, weight)
+        ctx.plan, ctx.scale = plan, scale
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, A, B, weight, h = ctx.saved_tensors
-        plan = ctx.plan
-        with no_autocast(dy):
+        *saved, weight = ctx.saved_tensors
+        with no_autocast(dy.device):
             dy = dy.contiguous()
-            if torch.is_grad_enabled():
-                h = plan.first(x, *plan.matrices(A, B))
-            dX, dA, dB = plan.backward(dy, x, h, A, B, ctx.needs_input_grad[:3])
+            dX, dA, dB = _backward(ctx, dy, *saved)
             if dX is not None:  # the base's large GEMM reads dX as it goes: quicker than adding the adapter's part last
                 dX.addmm_(dy, weight)
-        return dX, dA, dB, None, None, None
+        return dX, dA, dB, None, None, None, None
 
 
-def no_autocast(t: torch.Tensor) -> torch.autocast:
-    """A context in which torch computes in the tensors' own dtype."""
-    return torch.autocast(t.device.type, enabled=False)
+def _backward(ctx, dy, x, A, B, mA, mB, h):
+    """(dX of the product, dA, dB) of a node that saved these."""
+    plan, scale = ctx.plan, ctx.scale
+    if torch.is_grad_enabled():  # create_graph=True: what was computed without a graph must become part of one
+        mA, mB = plan.matrices(*prepared(A, B, scale, x.dtype))
+        h = plan.first(x, mA, mB)
+    dX, dA, dB = plan.backward(dy, x, h, mA, mB, ctx.needs_input_grad[:3])
+    if dA is not None and scale != 1:
+        dA = dA * scale
+    return dX, _cast(dA, A.dtype), _cast(dB, B.dtype)
+
+
+def _cast(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return gradient if gradient is None or gradient.dtype == dtype else gradient.to(dtype)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which torch computes in the tensors' own dtype; where it does so already, one that costs nothing."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
