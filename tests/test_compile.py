@@ -128,9 +128,9 @@ def test_one_node_computes_what_two_do(monkeypatch, name, layout, dtype):
         y = model(x)
         return y, *torch.autograd.grad(y, leaves, torch.ones_like(y))
 
-    assert layer._shares_node(x, "default")
+    assert layer._plain_frozen_base("default") is not None
     one = run()
-    monkeypatch.setattr(type(layer), "_shares_node", lambda *args: False)
+    monkeypatch.setattr(type(layer), "_plain_frozen_base", lambda *args: None)
     two = run()
     for what, a, b in zip(["y", "dA", "dB"], one, two, strict=False):
         assert torch.equal(a, b), what

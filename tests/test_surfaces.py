@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from peft_krona import KronAConfig, KronALayer
 from peft_krona.errors import ConfigError, FactorError
+from peft_krona.ops import kron_delta_weight
 
 X = torch.randn(5, 10, generator=torch.Generator().manual_seed(1))
 
@@ -333,6 +334,16 @@ def test_targeted_module_names():
 
 
 # -- conversion to LoRA ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_factors_make_a_16_bit_delta_weight_and_lora(dtype):
+    model = get_peft_model(mlp(dtype), config(["lin0"], init_weights=False), autocast_adapter_dtype=False)
+    layer = model.base_model.model.lin0
+    exact = kron_delta_weight(layer.krona_A["default"], layer.krona_B["default"], scale=layer.scaling["default"])
+    assert torch.equal(layer.get_delta_weight("default"), exact.to(dtype))
+    _, state = convert_to_lora(model, rank=4)
+    assert {weight.dtype for weight in state.values()} == {dtype}
 
 
 @pytest.mark.parametrize("layout", ["kron", "diffusekrona"])

@@ -169,7 +169,14 @@ class KronALayer(nn.Module, BaseTunerLayer):
         return super().get_base_weight()
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """dW of one adapter in the base weight's shape, contiguous, in fp32 (fp64 for fp64 factors)."""
+        """dW of one adapter in the base weight's shape, contiguous, in the factors' dtype as PEFT's tuners give it.
+
+        Merging adds the unrounded fp32 product.
+        """
+        return self._delta_weight(adapter_name).to(self.krona_A[adapter_name].dtype)
+
+    def _delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """dW in fp32 (fp64 for fp64 factors)."""
         A, B = self.krona_A[adapter_name], self.krona_B[adapter_name]
         return kron_delta_weight(A, B, scale=self.scaling[adapter_name], layout=self.layout[adapter_name])
 
@@ -179,7 +186,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         return (original.to(torch.promote_types(original.dtype, delta.dtype)) + delta).to(original.dtype)
 
     def _summed_delta(self, adapter_names: Sequence[str]) -> torch.Tensor:
-        delta, *others = (self.get_delta_weight(name) for name in adapter_names)
+        delta, *others = (self._delta_weight(name) for name in adapter_names)
         for other in others:
             delta = delta + other
         return delta
@@ -259,7 +266,8 @@ class KronALayer(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Base layer plus active adapters. `adapter_names`, one name a sample, mixes adapters in a batch."""
         adapter_names = kwargs.pop("adapter_names", None)
-        self._check_adapter_names(x, adapter_names)
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -271,9 +279,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         return self._adapted(x, names, *args, **kwargs)
 
-    def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str] | None) -> None:
-        if adapter_names is None:
-            return
+    def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -325,8 +331,8 @@ class Linear(KronALayer):
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self.fan_in_fan_out = fan_in_fan_out
 
-    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        delta = super().get_delta_weight(adapter_name)
+    def _delta_weight(self, adapter_name: str) -> torch.Tensor:
+        delta = super()._delta_weight(adapter_name)
         return delta.T.contiguous() if self.fan_in_fan_out else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -334,11 +340,9 @@ class Linear(KronALayer):
 
     def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         first, *others = names
-        if not args and not kwargs and self._shares_node(x, first):
-            base = self.base_layer
+        if not args and not kwargs and (frozen := self._plain_frozen_base(first)) is not None:
             A, B = self.krona_A[first], self.krona_B[first]
-            layout, scale = self.layout[first], self._scale(first)
-            result = linear_kron_linear(x, base.weight, base.bias, A, B, scale=scale, layout=layout)
+            result = linear_kron_linear(x, *frozen, A, B, scale=self._scale(first), layout=self.layout[first])
         else:
             result = self._add_delta(self._base_forward(x, *args, **kwargs), x, first)
         for name in others:
@@ -356,17 +360,29 @@ class Linear(KronALayer):
         A, B = self.krona_A[name], self.krona_B[name]
         return kron_linear(x, A, B, scale=self._scale(name), base=result, layout=self.layout[name])
 
-    def _shares_node(self, x: torch.Tensor, name: str) -> bool:
-        """Whether base and adapter can be one autograd node: a plain frozen nn.Linear that nothing hooks into."""
+    def _plain_frozen_base(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """(weight, bias) where base and adapter can be one autograd node, else None.
+
+        They can for a plain frozen nn.Linear that nothing hooks into. Asked in every forward, so it reads the base's
+        dicts: a parameter through nn.Module.__getattr__ takes several times as long.
+        """
         base = self.base_layer
-        return (
-            type(base).forward is nn.Linear.forward
-            and "forward" not in base.__dict__
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-            and type(base.weight) in (nn.Parameter, torch.Tensor)
-            and not base.weight.requires_grad
-            and (base.bias is None or not base.bias.requires_grad)
-            and base.weight.is_floating_point()
-            and self.quantization_backend is None
-            and not (self.training and isinstance(self.krona_dropout[name], nn.Dropout))
-        )
+        state = base.__dict__
+        if (
+            type(base).forward is not nn.Linear.forward
+            or "forward" in state
+            or state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or self.quantization_backend is not None
+            or (self.training and isinstance(self.krona_dropout[name], nn.Dropout))
+        ):
+            return None
+        # Not a parameter: parametrized, or a plain tensor attribute.
+        weight, bias = (state["_parameters"].get(key, state.get(key)) for key in ("weight", "bias"))
+        if type(weight) not in (nn.Parameter, torch.Tensor) or weight.requires_grad or not weight.is_floating_point():
+            return None
+        if bias is None and "bias" not in state["_parameters"] and "bias" not in state:
+            return None
+        return None if bias is not None and bias.requires_grad else (weight, bias)
