@@ -115,16 +115,24 @@ def krona(linear: nn.Linear, a_out: int, a_in: int) -> Adapted:
 
 
 class _Fused(_Kron):
-    """As `krona` with PEFT_KRONA_BACKEND=triton."""
+    """As `krona` with PEFT_KRONA_BACKEND set: one node over the frozen layer."""
+
+    def __init__(self, linear: nn.Linear, a_out: int, a_in: int, backend: str) -> None:
+        super().__init__(linear, a_out, a_in, kron_linear)
+        self.backend = backend
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear_kron_linear(x, self.base.weight, self.base.bias, self.A, self.B, backend="triton")
+        return linear_kron_linear(x, self.base.weight, self.base.bias, self.A, self.B, backend=self.backend)
 
 
-def krona_triton(linear: nn.Linear, a_out: int, a_in: int) -> Adapted:
-    """peft_krona's one node over the frozen layer, in Triton kernels."""
-    module = _Fused(linear, a_out, a_in, kron_linear)
-    return Adapted(module, lambda: kron_delta_weight(module.A, module.B))
+def krona_on(backend: str) -> Callable[[nn.Linear, int, int], Adapted]:
+    """peft_krona's one node over the frozen layer, on a backend."""
+
+    def build(linear: nn.Linear, a_out: int, a_in: int) -> Adapted:
+        module = _Fused(linear, a_out, a_in, backend)
+        return Adapted(module, lambda: kron_delta_weight(module.A, module.B))
+
+    return build
 
 
 def _ours(order: str) -> Callable:
@@ -141,9 +149,10 @@ PROVIDERS: dict[str, Callable[[nn.Linear, int, int], Adapted]] = {
     "released order": _kron(_released_order, "diffusekrona"),
     "dW built": _kron(_dense),
     "KronA": krona,
-    "KronA, triton": krona_triton,
+    "KronA, triton": krona_on("triton"),
+    "KronA, auto": krona_on("auto"),
     "KronA op, B first": _kron(_ours("b_first")),
     "KronA op, A first": _kron(_ours("a_first")),
 }
 
-CUDA_ONLY = ("KronA, triton",)
+CUDA_ONLY = ("KronA, triton", "KronA, auto")

@@ -148,12 +148,14 @@ def scaling_suite(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _on_backends(name: str, config: Any, args: argparse.Namespace) -> list[tuple[str, Any]]:
-    """The configuration as it is, and on a GPU with the Triton kernels too."""
-    return [(name, config), (f"{name}, triton", config)] if args.device == "cuda" else [(name, config)]
+    """The configuration as it is, and on a GPU with the Triton kernels and with the quickest implementation too."""
+    others = ("triton", "auto") if args.device == "cuda" else ()
+    return [(name, config), *((f"{name}, {other}", config) for other in others)]
 
 
 def _backend_of(provider: str) -> str:
-    return "triton" if provider.endswith(", triton") else "torch"
+    other = provider.rpartition(", ")[2]
+    return other if other in ("triton", "auto") else "torch"
 
 
 def _on(name: str, step):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared set-up: offline, one thread per worker, and uninitialised memory made visible."""
+"""Shared set-up: offline, one thread per worker, an own cache folder, and uninitialised memory made visible."""
 
 import os
 
@@ -18,6 +18,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Tables of backend="auto" neither come from the user's cache folder nor go there."""
+    os.environ["PEFT_KRONA_CACHE"] = str(tmp_path_factory.mktemp("peft-krona-cache"))
 
 
 @pytest.fixture(autouse=True)

@@ -198,6 +198,18 @@ def test_autocast_computes_in_the_autocast_dtype_and_returns_fp32_gradients(dtyp
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(y.float().sum(), leaves))
 
 
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_casts_the_frozen_layer(x_dtype):
+    """As F.linear does, also where x comes from another autocast layer and is in its dtype already."""
+    x, A, B, _ = make((9,), 1, 4, 2, 3, 5, dtype=torch.float32)
+    W, b = torch.randn(12, 10), torch.randn(12)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear_kron_linear(x.to(x_dtype), W, b, A, B)
+        want = kron_linear(x, A, B, base=F.linear(x, W, b))
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, want, rtol=2**-6, atol=2**-6)
+
+
 def test_fp32_base_keeps_its_dtype_over_a_bf16_product():
     x, A, B, base = make((9,), 1, 4, 2, 3, 5, dtype=torch.float32)
     y = kron_linear(x.bfloat16(), A, B, base=base)

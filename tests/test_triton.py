@@ -346,7 +346,7 @@ def test_the_environment_chooses_and_the_argument_overrides(monkeypatch):
     with pytest.raises(BackendError, match="PEFT_KRONA_BACKEND=triton was asked for, but"):
         kron_linear(*small())
     assert kron_linear(*small(), backend="torch").shape == (2, 20)
-    with pytest.raises(BackendError, match=r"backend='cuda' is unknown; expected one of \('torch', 'triton'\)"):
+    with pytest.raises(BackendError, match=r"backend='cuda' is unknown; expected one of \('torch', 'triton', 'auto'\)"):
         kron_linear(*small(), backend="cuda")
 
 

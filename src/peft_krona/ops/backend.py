@@ -11,7 +11,7 @@ import torch
 
 from ..errors import BackendError
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "auto")
 # "torch" also on GPUs: the Triton kernels have not been timed on one yet (docs/performance.md).
 DEFAULT = os.environ.get("PEFT_KRONA_BACKEND") or "torch"
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """ "torch" or "triton": what is asked for, else what PEFT_KRONA_BACKEND said at import, else "torch".
+    """What is asked for, else what PEFT_KRONA_BACKEND said at import, else "torch". "auto" is left to tuning.choose.
 
     Raises:
         BackendError: if that is unknown or cannot compute in `dtype` on `device`. There is no silent second choice.
@@ -31,7 +31,7 @@ def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) 
     backend = asked or DEFAULT
     if backend not in BACKENDS:
         raise BackendError(f"backend={backend!r} is unknown; expected one of {BACKENDS}.")
-    if backend == "triton" and (reason := _why_not_triton(device, dtype)) is not None:
+    if backend == "triton" and (reason := why_not_triton(device, dtype)) is not None:
         source = "backend='triton'" if asked else "PEFT_KRONA_BACKEND=triton"
         raise BackendError(f"{source} was asked for, but {reason}. backend='torch' works everywhere.")
     if backend not in _announced and not torch.compiler.is_compiling():
@@ -40,7 +40,8 @@ def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) 
     return backend
 
 
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps the kernels from computing in `dtype` on `device`; None if nothing does."""
     if not _HAS_TRITON:
         return "the package triton is not installed (pip install 'peft-krona[triton]')"
     if dtype not in _DTYPES:

@@ -10,6 +10,7 @@ from ..errors import ShapeError
 from .backend import choose_backend
 from .library import fused
 from .torch_impl import KronAdd, LinearKronAdd, Plan, factored, no_autocast, prepared
+from .tuning import choose
 
 LAYOUTS = ("kron", "diffusekrona")
 
@@ -37,7 +38,8 @@ def kron_linear(
         layout: "kron": dW[i*b_out + u, k*b_in + v] = s * sum_n A[n,i,k] B[n,u,v].
             "diffusekrona": dW[u*a_out + i, k*b_in + v] = the same (what the released DiffuseKronA code computes).
         order: "b_first" or "a_first" forces the contraction order; None takes the cheaper one (see factors.py).
-        backend: "torch" or "triton" (CUDA, not fp64); None takes what PEFT_KRONA_BACKEND said at import, else "torch".
+        backend: "torch", "triton" (CUDA, not fp64) or "auto": the quickest on this device, which the first call with a
+            new shape measures (docs/performance.md). None takes what PEFT_KRONA_BACKEND said at import, else "torch".
 
     Returns:
         (..., out), out = a_out * b_out, in base's dtype if base is given, else in x's (autocast's under autocast).
@@ -60,9 +62,9 @@ def kron_linear(
     with no_autocast(x.device):
         x = _rows(x, dtype)
         if base is not None and base.dtype != dtype:  # e.g. an fp32 residual stream over a bf16 product
-            return base + _apply(x, A, B, scale, None, plan, backend).view(out_shape).to(base.dtype)
+            return base + _apply(x, A, B, scale, None, None, None, plan, backend).view(out_shape).to(base.dtype)
         base = None if base is None else base.reshape(-1, out_shape[-1])
-        return _apply(x, A, B, scale, base, plan, backend).view(out_shape)
+        return _apply(x, A, B, scale, base, None, None, plan, backend).view(out_shape)
 
 
 def linear_kron_linear(
@@ -85,22 +87,14 @@ def linear_kron_linear(
     Returns:
         (..., out) in weight's dtype (autocast's under autocast).
     """
+    check_shapes(x, A, B, None, layout, None)
     dtype = compute_dtype(x)
     backend = choose_backend(backend, x.device, dtype)
-    if backend == "torch" and _needs_plain_ops():
-        return kron_linear(x, A, B, scale=scale, base=F.linear(x, weight, bias), layout=layout, backend=backend)
-    check_shapes(x, A, B, None, layout, None)
     plan = Plan.of(A, B, layout, dtype=dtype)
+    if dtype != weight.dtype and torch.is_autocast_enabled(x.device.type):  # else F.linear itself reports a mismatch
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     with no_autocast(x.device):
-        if dtype != weight.dtype and dtype != x.dtype:  # autocast; otherwise F.linear itself reports a mismatch
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        rows = _rows(x, dtype)
-        if backend == "triton":
-            A, B = prepared(A, B, scale, dtype)
-            y, _ = fused(rows, A, B, None, weight, bias, plan.layout, plan.order)
-        else:
-            A, scale = _scaled_by_number(A, scale)
-            y = LinearKronAdd.apply(rows.contiguous(), A, B, weight, bias, plan, scale)
+        y = _apply(_rows(x, dtype), A, B, scale, None, weight, bias, plan, backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -156,14 +150,23 @@ def _apply(
     B: torch.Tensor,
     scale: float | torch.Tensor,
     base: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
     plan: Plan,
     backend: str,
 ) -> torch.Tensor:
+    """base + the product, base being x weight^T + bias where a weight is given. All but A and B are of one dtype."""
+    if backend == "auto":
+        into = "linear" if weight is not None else "base" if base is not None else "none"
+        backend, plan = choose(plan, x, into, _apply)
     if backend == "triton":
         A, B = prepared(A, B, scale, x.dtype)
-        return fused(x, A, B, base, None, None, plan.layout, plan.order)[0]
+        return fused(x, A, B, base, weight, bias, plan.layout, plan.order)[0]
     x = x.contiguous()
     if _needs_plain_ops():
+        base = base if weight is None else F.linear(x, weight, bias)
         return factored(x, *prepared(A, B, scale, x.dtype), base, plan)
     A, scale = _scaled_by_number(A, scale)
-    return KronAdd.apply(x, A, B, base, plan, scale)
+    if weight is None:
+        return KronAdd.apply(x, A, B, base, plan, scale)
+    return LinearKronAdd.apply(x, A, B, weight, bias, plan, scale)
