@@ -7,7 +7,8 @@
 
 `layer`: one adapted Linear, forward and forward + backward, added to the frozen layer. `scaling`: the same as tokens,
 width, r or the number of active adapters grow. `unet`: one training step of a real UNet (random weights). `inference`:
-one denoising step of it, without gradients, KronA merged and not. `benchmarks/gpu.sh` runs all of them on a GPU.
+one denoising step of it, without gradients, KronA merged and not. `qkv`: what q, k and v would gain by sharing x.
+`benchmarks/gpu.sh` runs all of them on a GPU.
 
 All providers of a case run once in every repetition, in a new order each time; ratios are medians of the ratios within
 a repetition. A provider whose output is not base + dW x is reported as wrong, without a speed.
@@ -19,6 +20,7 @@ import argparse
 import copy
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from peft_krona.ops import backend
 from .cases import FACTORS, LAYERS, POINT, SCALING, UNETS
 from .measure import copy_bandwidth, environment, interleaved, median_added, median_ratio, peak_bytes, quantiles
 from .providers import CUDA_ONLY, PROVIDERS, Adapted
+from .qkv import qkv_steps
 
 
 def layer_suite(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -147,6 +150,27 @@ def scaling_suite(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def qkv_suite(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """q, k and v of SDXL's self-attention, forward + backward, adapted one by one and together."""
+    rows = []
+    for case in LAYERS:
+        if case.n_in != case.n_out or (args.only and args.only not in case.name):
+            continue
+        for a_out, a_in in FACTORS:
+            steps = qkv_steps(case.tokens, case.n_in, a_out, a_in, args.dtype, args.device)
+            times = interleaved(steps, args.repetitions, args.device, f"{case.name} ({a_out},{a_in})")
+            for name in steps:
+                row = {"case": case._asdict(), "factors": [a_out, a_in], "provider": name}
+                row["training"] = {**quantiles(times[name]), "added": median_added(times[name], times["frozen"])}
+                row["peak_bytes"] = peak_bytes(steps[name], args.device)
+                rows.append(row)
+                print(
+                    f"{case.name} ({a_out},{a_in}) {name:12} {row['training']['p50'] * 1e3:8.2f} ms  "
+                    f"+{row['training']['added'] * 1e3:7.2f} ms  peak {row['peak_bytes'] / 2**20:7.1f} MiB"
+                )
+    return rows
+
+
 def _on_backends(name: str, config: Any, args: argparse.Namespace) -> list[tuple[str, Any]]:
     """The configuration as it is, and on a GPU with the Triton kernels and with the quickest implementation too."""
     others = ("triton", "auto") if args.device == "cuda" else ()
@@ -213,15 +237,15 @@ def _unets(args: argparse.Namespace, kind: str, more: dict[str, Any]) -> list[di
         inputs = _unet_inputs(unet_config, size, args)
         times: dict[str, list[float]] = {}
         # One UNet, its adapter swapped between repetitions: several would not fit.
+        names, order = ["frozen", *configs], random.Random(0)
         for _ in range(args.repetitions):
-            for name in ("frozen", *configs):
+            for name in order.sample(names, len(names)):
                 model = get_peft_model(unet, copy.deepcopy(configs[name])) if name in configs else unet
                 model.train(kind == "training")
                 if name.endswith(", merged"):
                     model.merge_adapter()
                 step = _unet_step(model, inputs) if kind == "training" else _unet_forward(model, inputs)
                 step = _on(_backend_of(name), step)
-                step()  # warm up
                 elapsed = interleaved({name: step}, args.steps, args.device, f"{unet_name} {name}")[name]
                 times.setdefault(name, []).extend(elapsed)
                 if len(times[name]) == args.steps:
@@ -234,6 +258,7 @@ def _unets(args: argparse.Namespace, kind: str, more: dict[str, Any]) -> list[di
                 if name in configs:
                     unet = model.unload()
                     unet.requires_grad_(False)
+        rows.sort(key=lambda row: (list(UNETS).index(row["unet"]), names.index(row["provider"])))
         for row in rows:
             if row["unet"] == unet_name:
                 mine = times[row["provider"]]
@@ -299,7 +324,13 @@ def _print_layer(label: str, rows: list[dict[str, Any]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run the suite, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    suites = {"layer": layer_suite, "scaling": scaling_suite, "unet": unet_suite, "inference": inference_suite}
+    suites = {
+        "layer": layer_suite,
+        "scaling": scaling_suite,
+        "unet": unet_suite,
+        "inference": inference_suite,
+        "qkv": qkv_suite,
+    }
     parser.add_argument("--suite", choices=tuple(suites), required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")

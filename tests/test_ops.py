@@ -230,6 +230,12 @@ def test_no_gradient_is_computed_for_what_does_not_need_one():
     torch.testing.assert_close(dB, reference_grads(x, A, B, None, torch.ones(4, 4), 1.0, "kron")[2])
 
 
+def test_meta_tensors_get_shapes():
+    x, A, B, base = (t.to("meta") for t in make((2, 3), 1, 4, 2, 6, 5, dtype=torch.float32))
+    assert kron_linear(x, A, B, base=base).shape == (2, 3, 24)
+    assert linear_kron_linear(x, torch.empty(24, 10, device="meta"), None, A, B).device.type == "meta"
+
+
 def test_works_under_torch_func():
     x, A, B, _ = make((4,), 1, 2, 3, 2, 2)
     got = torch.func.grad(lambda A: kron_linear(x, A, B).square().sum())(A)

@@ -20,8 +20,9 @@ from torch import nn
 
 from peft_krona.errors import BackendError
 from peft_krona.ops import backend, kron_linear, linear_kron_linear
-from peft_krona.ops.library import fused, fused_backward
+from peft_krona.ops.library import fused, fused_add, fused_backward
 from peft_krona.ops.reference import kron_linear_reference
+from peft_krona.ops.torch_impl import Plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -178,6 +179,32 @@ def test_only_some_gradients(needed):
         y = kron_linear(*leaves, backend=name)
         grads[name] = torch.autograd.grad(y.square().sum(), [leaves[i] for i in needed])
     torch.testing.assert_close(grads["triton"], grads["torch"])
+
+
+@runs_kernels
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_eager_node_is_the_op(order):
+    """Scaling is part of the node, and dA and dB come in the factors' dtype."""
+    x, A, B, base = on_device(make((9,), 2, 4, 3, 2, 5), torch.float32)
+    leaves = [x.requires_grad_(), A.double().requires_grad_(), B.double().requires_grad_(), base.requires_grad_()]
+    plan = Plan.of(A, B, "kron", order)
+    eager = fused_add(*leaves[:3], 0.3, leaves[3], None, None, plan)
+    op, _ = fused(x, (leaves[1] * 0.3).float(), leaves[2].float(), leaves[3], None, None, "kron", order)
+    assert torch.equal(eager, op)
+    dy = torch.randn_like(op)
+    for got, want in zip(torch.autograd.grad(eager, leaves, dy), torch.autograd.grad(op, leaves, dy), strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@runs_kernels
+def test_second_derivatives_are_refused():
+    x, A, B, _ = on_device(make((3,), 1, 2, 3, 2, 5), torch.float32)
+    (dx,) = torch.autograd.grad(
+        kron_linear(x.requires_grad_(), A, B, backend="triton").square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
 
 
 @runs_kernels

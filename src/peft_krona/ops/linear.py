@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from ..errors import ShapeError
 from .backend import choose_backend
-from .library import fused
-from .torch_impl import KronAdd, LinearKronAdd, Plan, factored, no_autocast, prepared
+from .library import fused_add
+from .torch_impl import KronAdd, LinearKronAdd, Plan, autocasts, factored, no_autocast, prepared, scaled_by_number
 from .tuning import choose
 
 LAYOUTS = ("kron", "diffusekrona")
@@ -91,7 +91,7 @@ def linear_kron_linear(
     dtype = compute_dtype(x)
     backend = choose_backend(backend, x.device, dtype)
     plan = Plan.of(A, B, layout, dtype=dtype)
-    if dtype != weight.dtype and torch.is_autocast_enabled(x.device.type):  # else F.linear itself reports a mismatch
+    if dtype != weight.dtype and autocasts(x.device):  # else F.linear itself reports a mismatch
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     with no_autocast(x.device):
         y = _apply(_rows(x, dtype), A, B, scale, None, weight, bias, plan, backend)
@@ -123,7 +123,7 @@ def check_shapes(
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype that a product of x is computed in: autocast's inside autocast (as F.linear), else x's own."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocasts(x.device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -132,11 +132,6 @@ def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x as (tokens, in) in `dtype`."""
     x = x if x.dtype == dtype else x.to(dtype)
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def _scaled_by_number(A: torch.Tensor, scale: float | torch.Tensor) -> tuple[torch.Tensor, float]:
-    """A and the number to scale it by. A tensor as s (module_dropout draws one) is multiplied in at once."""
-    return (A * scale, 1.0) if isinstance(scale, torch.Tensor) else (A, scale)
 
 
 def _needs_plain_ops() -> bool:
@@ -160,13 +155,12 @@ def _apply(
         into = "linear" if weight is not None else "base" if base is not None else "none"
         backend, plan = choose(plan, x, into, _apply)
     if backend == "triton":
-        A, B = prepared(A, B, scale, x.dtype)
-        return fused(x, A, B, base, weight, bias, plan.layout, plan.order)[0]
+        return fused_add(x, A, B, scale, base, weight, bias, plan)
     x = x.contiguous()
     if _needs_plain_ops():
         base = base if weight is None else F.linear(x, weight, bias)
         return factored(x, *prepared(A, B, scale, x.dtype), base, plan)
-    A, scale = _scaled_by_number(A, scale)
+    A, scale = scaled_by_number(A, scale)
     if weight is None:
         return KronAdd.apply(x, A, B, base, plan, scale)
     return LinearKronAdd.apply(x, A, B, weight, bias, plan, scale)

@@ -194,6 +194,11 @@ def prepared(
     return A if A.dtype == dtype else A.to(dtype), B if B.dtype == dtype else B.to(dtype)
 
 
+def scaled_by_number(A: torch.Tensor, scale: float | torch.Tensor) -> tuple[torch.Tensor, float]:
+    """A and the number to scale it by. A tensor as s (module_dropout draws one) is multiplied in at once."""
+    return (A * scale, 1.0) if isinstance(scale, torch.Tensor) else (A, scale)
+
+
 def factored(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tensor | None, plan: Plan) -> torch.Tensor:
     """base + the product, as ordinary torch ops. x (T, in), base (T, out) or None; all of one dtype."""
     mA, mB = plan.matrices(A, B)
@@ -263,15 +268,19 @@ def _backward(ctx, dy, x, A, B, mA, mB, h):
     dX, dA, dB = plan.backward(dy, x, h, mA, mB, ctx.needs_input_grad[:3])
     if dA is not None and scale != 1:
         dA = dA * scale
-    return dX, _cast(dA, A.dtype), _cast(dB, B.dtype)
+    return dX, cast(dA, A.dtype), cast(dB, B.dtype)
 
 
-def _cast(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+def cast(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A gradient in its leaf's dtype."""
     return gradient if gradient is None or gradient.dtype == dtype else gradient.to(dtype)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """A context in which torch computes in the tensors' own dtype; where it does so already, one that costs nothing."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of this device; a meta device, for one, has none and raises if asked."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

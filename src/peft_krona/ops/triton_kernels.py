@@ -19,6 +19,7 @@ parts in a fixed order. No float atomics, so two runs are bitwise equal.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -279,18 +280,24 @@ def constants(plan: Plan, mA: torch.Tensor, mB: torch.Tensor) -> dict[str, objec
     Args:
         mA: (P, Q). mB: (C, D) for b_first, (D, C) for a_first.
     """
+    return dict(_constants(plan, *mA.shape, mA.stride(), mB.stride(), mA.element_size()))
+
+
+@functools.cache  # asked for in every call
+def _constants(
+    plan: Plan, P: int, Q: int, mA_stride: tuple[int, int], mB_stride: tuple[int, int], itemsize: int
+) -> dict[str, object]:
     r, a_out, a_in, b_out, b_in, layout, order, _ = plan
     b_first = order == "b_first"
     S, D, C, W = (a_in, b_in, r * b_out, b_out) if b_first else (a_out, r * b_in, b_out, b_in)
-    P, Q = mA.shape
-    b_d, b_c = mB.stride()[::-1] if b_first else mB.stride()
+    b_d, b_c = mB_stride[::-1] if b_first else mB_stride
     return {
         "B_FIRST": b_first,
         "Y_I": b_out if layout == "kron" else 1,
         "Y_U": 1 if layout == "kron" else a_out,
-        **{"A_P": mA.stride(0), "A_Q": mA.stride(1), "B_D": b_d, "B_C": b_c},
+        **{"A_P": mA_stride[0], "A_Q": mA_stride[1], "B_D": b_d, "B_C": b_c},
         **{"S": S, "D": D, "C": C, "P": P, "Q": Q, "W": W},
-        **block_sizes(P, Q, W, D, C, mA.element_size())._asdict(),
+        **block_sizes(P, Q, W, D, C, itemsize)._asdict(),
         "PRECISION": "ieee",  # fp32 products are fp32, as torch's are by default; 16-bit dtypes ignore it
     }
 
@@ -338,11 +345,13 @@ def backward(
     dx: torch.Tensor | None = None,
     need_x: bool = True,
     need_factors: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(dX, dA, dB) from dy (T, out), x and h of `forward`; None for what is not needed.
 
     Args:
         dx: (T, in), contiguous and owned by the caller: dX is added to it in place. None makes a new one.
+        dtype: of dA and dB; None means A's.
     """
     x, dy, (mA, mB) = _rows(x), dy.contiguous(), _matrices(A, B, plan)
     T, sizes = x.shape[0], constants(plan, mA, mB)
@@ -362,7 +371,8 @@ def backward(
     dmA, dmB = parts.sum(0).split([mA.numel(), mB.numel()])
     plan = plan._replace(layout="kron")
     dA, dB = plan.unmatrix_A(dmA.view(mA.shape)), plan.unmatrix_B(dmB.view(mB.shape))
-    own = {"dtype": A.dtype, "memory_format": torch.contiguous_format, "copy": True}  # not two views of one buffer
+    # not two views of one buffer
+    own = {"dtype": dtype or A.dtype, "memory_format": torch.contiguous_format, "copy": True}
     return dx, dA.to(**own), dB.to(**own)
 
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is gained if the adapters of q, k and v share their reads of x.
+
+The library adapts each layer on its own, so that q, k and v each multiply x by their B, and each add to dX. Here one
+autograd node holds all three layers: one product x [Bq Bk Bv]^T forward, one each for (dBq, dBk, dBv) and dX backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peft_krona.ops import linear_kron_linear
+from peft_krona.ops.mix import mix_add_, mix_backward, mix_gradient
+from peft_krona.ops.torch_impl import Plan
+
+
+class _Joint(torch.autograd.Function):
+    """Three frozen layers with their adapters (r = 1, layout "kron", B first), x (T, in)."""
+
+    @staticmethod
+    def forward(ctx, x, plan: Plan, weights, biases, *factors):
+        As, B = [A.squeeze(0) for A in factors[:3]], torch.cat(factors[3:], 1).squeeze(0)
+        T, u = x.shape[0], plan.b_out
+        h = (x.view(T * plan.a_in, plan.b_in) @ B.t()).view(T, plan.a_in, 3 * u)
+        ys, hs = [], h.split(u, 2)
+        for A, part, weight, bias in zip(As, hs, weights, biases, strict=True):
+            y = F.linear(x, weight, bias)
+            mix_add_(y, A, part, plan.layout, plan.form)
+            ys.append(y)
+        ctx.save_for_backward(x, B, *As, *(part.contiguous() for part in hs))
+        ctx.plan, ctx.weights = plan, weights
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        x, B, *rest = ctx.saved_tensors
+        As, hs, plan = rest[:3], rest[3:], ctx.plan
+        T, u = x.shape[0], plan.b_out
+        dh = torch.cat([mix_backward(dy, A, u, plan.layout, plan.form) for dy, A in zip(dys, As, strict=True)], 2)
+        dAs = [mix_gradient(dy, h, plan.a_out, plan.layout, plan.form) for dy, h in zip(dys, hs, strict=True)]
+        rows = dh.view(T * plan.a_in, 3 * u)
+        dB = rows.t() @ x.view(T * plan.a_in, plan.b_in)
+        dx = (rows @ B).view(x.shape)
+        for dy, weight in zip(dys, ctx.weights, strict=True):
+            dx.addmm_(dy, weight)
+        return (
+            dx,
+            None,
+            None,
+            None,
+            *(dA.to(dy.dtype).unsqueeze(0) for dA, dy in zip(dAs, dys, strict=True)),
+            *(part.unsqueeze(0) for part in dB.split(u)),
+        )
+
+
+def qkv_steps(tokens: int, width: int, a_out: int, a_in: int, dtype: torch.dtype, device: str) -> dict[str, object]:
+    """Forward + backward of three layers that read one x: frozen, adapted one by one, adapted together.
+
+    Raises:
+        RuntimeError: if the two adapted ones disagree.
+    """
+    torch.manual_seed(0)
+    linears = [nn.Linear(width, width, dtype=dtype, device=device).requires_grad_(False) for _ in range(3)]
+    x = torch.randn(tokens, width, dtype=dtype, device=device, requires_grad=True)
+    dys = [torch.randn(tokens, width, dtype=dtype, device=device) for _ in linears]
+
+    def factors(rows: int, columns: int) -> list[torch.Tensor]:
+        scale = columns**-0.5
+        return [(torch.randn(1, rows, columns, device=device) * scale).to(dtype).requires_grad_() for _ in linears]
+
+    As, Bs = factors(a_out, a_in), factors(width // a_out, width // a_in)
+    plan = Plan.of(As[0], Bs[0], "kron", "b_first")
+    weights, biases = [m.weight for m in linears], [m.bias for m in linears]
+    leaves = [x, *As, *Bs]
+
+    def frozen() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad([m(x) for m in linears], [x], dys)
+
+    def one_by_one() -> tuple[torch.Tensor, ...]:
+        layers = zip(weights, biases, As, Bs, strict=True)
+        return torch.autograd.grad([linear_kron_linear(x, *layer) for layer in layers], leaves, dys)
+
+    def together() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(_Joint.apply(x, plan, weights, biases, *As, *Bs), leaves, dys)
+
+    for a, b in zip(one_by_one(), together(), strict=True):
+        if (error := ((a - b).norm() / a.norm()).item()) > 8 * torch.finfo(dtype).eps * tokens**0.5:
+            raise RuntimeError(f"q, k and v together differ from one by one by {error:.1e}.")
+    return {"frozen": frozen, "one by one": one_by_one, "together": together}
