@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+from peft_krona.ops import kron_linear
 from peft_krona.ops.mix import FORMS, can_pair, default_form
 from peft_krona.ops.reference import delta_weight_loop
 from peft_krona.ops.torch_impl import KronAdd, LinearKronAdd, Plan, factored
@@ -104,3 +105,10 @@ def test_a_zero_factor_changes_nothing_bitwise(form, layout):
 )
 def test_default_form(Q, u, a_out, n_in, layout, device, dtype, form):
     assert default_form(Q, u, a_out, n_in, layout, device, dtype) == form
+
+
+def test_few_tokens_are_not_paired():
+    x, A, B = torch.randn(300, 640), torch.randn(1, 64, 8), torch.randn(1, 10, 80)
+    forms = {n: Plan.of(A, B, "kron", tokens=n).form for n in (77, 255, 256, 4096)}
+    assert forms == {77: "batched", 255: "batched", 256: "paired", 4096: "paired"}
+    torch.testing.assert_close(kron_linear(x, A, B)[:77], kron_linear(x[:77], A, B))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from ..errors import ShapeError
 from .backend import choose_backend
 from .library import fused_add
+from .mix import MANY
 from .torch_impl import KronAdd, LinearKronAdd, Plan, autocasts, factored, no_autocast, prepared, scaled_by_number
 from .tuning import choose
 
@@ -57,7 +58,7 @@ def kron_linear(
     check_shapes(x, A, B, base, layout, order)
     dtype = compute_dtype(x)
     backend = choose_backend(backend, x.device, dtype)
-    plan = Plan.of(A, B, layout, order, dtype=dtype)
+    plan = Plan.of(A, B, layout, order, dtype=dtype, tokens=_tokens(x))
     out_shape = (*x.shape[:-1], plan.a_out * plan.b_out)
     with no_autocast(x.device):
         x = _rows(x, dtype)
@@ -90,7 +91,7 @@ def linear_kron_linear(
     check_shapes(x, A, B, None, layout, None)
     dtype = compute_dtype(x)
     backend = choose_backend(backend, x.device, dtype)
-    plan = Plan.of(A, B, layout, dtype=dtype)
+    plan = Plan.of(A, B, layout, dtype=dtype, tokens=_tokens(x))
     if dtype != weight.dtype and autocasts(x.device):  # else F.linear itself reports a mismatch
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     with no_autocast(x.device):
@@ -132,6 +133,11 @@ def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x as (tokens, in) in `dtype`."""
     x = x if x.dtype == dtype else x.to(dtype)
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _tokens(x: torch.Tensor) -> int:
+    """How many there are; "many" for torch.compile, as a graph shall serve any number."""
+    return MANY if torch.compiler.is_compiling() else x.numel() // x.shape[-1]
 
 
 def _needs_plain_ops() -> bool:

@@ -17,15 +17,21 @@ from __future__ import annotations
 import torch
 
 FORMS = ("batched", "paired", "expanded")
+MANY = 256  # tokens
 
 
-def default_form(Q: int, u: int, a_out: int, n_in: int, layout: str, device: str, dtype: torch.dtype) -> str:
+def default_form(
+    Q: int, u: int, a_out: int, n_in: int, layout: str, device: str, dtype: torch.dtype, tokens: int = MANY
+) -> str:
     """The form to take for A (a_out, Q) where nothing was measured on this machine."""
     if device != "cpu":  # launches and tensor cores: one GEMM, while it stays small beside the frozen layer's
         return "expanded" if 4 * Q * u <= n_in else "batched"
     if u <= 5:
         return "expanded"
-    if dtype == torch.float32 and u < 12 and can_pair(a_out, layout) and a_out >= 4 * Q:
+    narrow = u < 12 and can_pair(a_out, layout) and a_out >= 4 * Q
+    if (
+        narrow and dtype == torch.float32 and tokens >= MANY
+    ):  # else copying h into its blocks takes longer than it saves
         return "paired"
     return "batched"
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from ..factors import cheaper_order
-from .mix import default_form, mix, mix_add_, mix_backward, mix_gradient, sum_over_tokens
+from .mix import MANY, default_form, mix, mix_add_, mix_backward, mix_gradient, sum_over_tokens
 
 
 class Plan(NamedTuple):
@@ -47,15 +47,17 @@ class Plan(NamedTuple):
         order: str | None = None,
         form: str | None = None,
         dtype: torch.dtype | None = None,
+        tokens: int = MANY,
     ) -> Plan:
         """The plan for A (r, a_out, a_in) and B (r, b_out, b_in), in the order and form that suit them if not given.
 
-        dtype: that of the computation, A's if not given.
+        dtype: that of the computation, A's if not given. tokens: about how many there are.
         """
         r, a_out, a_in, b_out, b_in = (*A.shape, *B.shape[1:3])
         order = order or cheaper_order(a_out, a_in, b_out, b_in)
         if form is None:
-            form = default_form(r * a_in, b_out, a_out, a_in * b_in, layout, A.device.type, dtype or A.dtype)
+            sizes = (r * a_in, b_out, a_out, a_in * b_in)
+            form = default_form(*sizes, layout, A.device.type, dtype or A.dtype, tokens)
         return cls(r, a_out, a_in, b_out, b_in, layout, order, form)
 
     @property
