@@ -22,6 +22,10 @@ from .snapshot import BaseWeightSnapshot, dequantized, subtract_with_warning
 class FactorDict(nn.ParameterDict):
     """Factors by adapter name. To `Module.to(memory_format=...)` they look like matrices, not like images."""
 
+    def __getitem__(self, key: str) -> Any:
+        parameter = self._parameters.get(key)  # ParameterDict's own way takes several times as long
+        return super().__getitem__(key) if parameter is None else parameter
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FactorDict:
         return super()._apply(lambda t: fn(t.flatten(1)).view(t.shape), recurse)
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -55,10 +57,12 @@ def kron_linear(
     >>> torch.allclose(y, x @ dW.T, atol=1e-5)
     True
     """
-    check_shapes(x, A, B, base, layout, order)
     dtype = compute_dtype(x)
+    plan = _plan(x, A, B, layout, order, dtype)
+    if base is not None and base.shape != (*x.shape[:-1], plan.a_out * plan.b_out):
+        expected = (*x.shape[:-1], plan.a_out * plan.b_out)
+        raise ShapeError(f"Expected base of shape {expected}, got {tuple(base.shape)}.")
     backend = choose_backend(backend, x.device, dtype)
-    plan = Plan.of(A, B, layout, order, dtype=dtype, tokens=_tokens(x))
     out_shape = (*x.shape[:-1], plan.a_out * plan.b_out)
     with no_autocast(x.device):
         x = _rows(x, dtype)
@@ -88,10 +92,9 @@ def linear_kron_linear(
     Returns:
         (..., out) in weight's dtype (autocast's under autocast).
     """
-    check_shapes(x, A, B, None, layout, None)
     dtype = compute_dtype(x)
+    plan = _plan(x, A, B, layout, None, dtype)
     backend = choose_backend(backend, x.device, dtype)
-    plan = Plan.of(A, B, layout, dtype=dtype, tokens=_tokens(x))
     if dtype != weight.dtype and autocasts(x.device):  # else F.linear itself reports a mismatch
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     with no_autocast(x.device):
@@ -99,27 +102,51 @@ def linear_kron_linear(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def check_shapes(
-    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tensor | None, layout: str, order: str | None
-) -> None:
-    """Raise ShapeError with the shapes in the message where they do not fit `kron_linear`."""
+def _plan(
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, layout: str, order: str | None, dtype: torch.dtype
+) -> Plan:
+    """The plan for these tensors, after checking that they fit."""
+    if torch.compiler.is_compiling():  # a graph shall serve any number of tokens
+        many, make = True, _checked_plan.__wrapped__
+    else:
+        many = x.numel() >= MANY * x.shape[-1] if x.dim() else False
+        make = _checked_plan if type(A) in _REAL and type(B) in _REAL else _checked_plan.__wrapped__
+    plan = make(A.shape, B.shape, layout, order, A.device.type, dtype, many)
+    if not x.dim() or x.shape[-1] != plan.a_in * plan.b_in:
+        raise ShapeError(
+            f"Expected x with a last dimension of a_in * b_in = {plan.a_in} * {plan.b_in} = {plan.a_in * plan.b_in}, "
+            f"got x of shape {tuple(x.shape)}."
+        )
+    return plan
+
+
+_REAL = (torch.Tensor, torch.nn.Parameter)  # others, such as fake tensors, may have symbols for sizes
+
+
+@functools.lru_cache(maxsize=4096)  # asked for in every call, and a model has few shapes
+def _checked_plan(
+    A: tuple[int, ...],
+    B: tuple[int, ...],
+    layout: str,
+    order: str | None,
+    device: str,
+    dtype: torch.dtype,
+    many: bool,
+) -> Plan:
+    """The plan for factors of these shapes.
+
+    Raises:
+        ShapeError: with the shapes in the message, where they do not fit each other.
+    """
     if layout not in LAYOUTS:
         raise ShapeError(f"layout={layout!r} is unknown; expected one of {LAYOUTS}.")
     if order not in (None, "b_first", "a_first"):
         raise ShapeError(f"order={order!r} is unknown; expected 'b_first', 'a_first' or None.")
-    if A.dim() != 3 or B.dim() != 3 or A.shape[0] != B.shape[0] or A.shape[0] < 1:
+    if len(A) != 3 or len(B) != 3 or A[0] != B[0] or A[0] < 1:
         raise ShapeError(
-            f"Expected A (r, a_out, a_in) and B (r, b_out, b_in) with one r >= 1, "
-            f"got A {tuple(A.shape)} and B {tuple(B.shape)}."
+            f"Expected A (r, a_out, a_in) and B (r, b_out, b_in) with one r >= 1, got A {tuple(A)} and B {tuple(B)}."
         )
-    n_out, n_in = A.shape[1] * B.shape[1], A.shape[2] * B.shape[2]
-    if x.dim() < 1 or x.shape[-1] != n_in:
-        raise ShapeError(
-            f"Expected x with a last dimension of a_in * b_in = {A.shape[2]} * {B.shape[2]} = {n_in}, "
-            f"got x of shape {tuple(x.shape)}."
-        )
-    if base is not None and base.shape != (*x.shape[:-1], n_out):
-        raise ShapeError(f"Expected base of shape {(*x.shape[:-1], n_out)}, got {tuple(base.shape)}.")
+    return Plan.of_shapes(A, B, layout, order, None, device, dtype, MANY if many else 0)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -133,11 +160,6 @@ def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x as (tokens, in) in `dtype`."""
     x = x if x.dtype == dtype else x.to(dtype)
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def _tokens(x: torch.Tensor) -> int:
-    """How many there are; "many" for torch.compile, as a graph shall serve any number."""
-    return MANY if torch.compiler.is_compiling() else x.numel() // x.shape[-1]
 
 
 def _needs_plain_ops() -> bool:

@@ -86,7 +86,7 @@ def mix_gradient(dy: torch.Tensor, h: torch.Tensor, a_out: int, layout: str, for
         else:
             diagonals = blocks.view(u, a_out, Q, u).diagonal(dim1=0, dim2=3)
         return diagonals.sum(-1, dtype=_wide(dy.dtype))
-    return sum_over_tokens(_as_kron(dy, a_out, u, layout), h.transpose(1, 2))
+    return sum_over_tokens(h, _as_kron(dy, a_out, u, layout).transpose(1, 2)).t()
 
 
 def sum_over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

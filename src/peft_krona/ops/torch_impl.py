@@ -46,18 +46,31 @@ class Plan(NamedTuple):
         layout: str,
         order: str | None = None,
         form: str | None = None,
-        dtype: torch.dtype | None = None,
         tokens: int = MANY,
     ) -> Plan:
         """The plan for A (r, a_out, a_in) and B (r, b_out, b_in), in the order and form that suit them if not given.
 
-        dtype: that of the computation, A's if not given. tokens: about how many there are.
+        tokens: about how many there are.
         """
-        r, a_out, a_in, b_out, b_in = (*A.shape, *B.shape[1:3])
+        return cls.of_shapes(A.shape, B.shape, layout, order, form, A.device.type, A.dtype, tokens)
+
+    @classmethod
+    def of_shapes(
+        cls,
+        A: tuple[int, ...],
+        B: tuple[int, ...],
+        layout: str,
+        order: str | None,
+        form: str | None,
+        device: str,
+        dtype: torch.dtype,
+        tokens: int,
+    ) -> Plan:
+        """`of` for factors of these shapes. dtype: that of the computation."""
+        r, a_out, a_in, b_out, b_in = (*A, *B[1:3])
         order = order or cheaper_order(a_out, a_in, b_out, b_in)
         if form is None:
-            sizes = (r * a_in, b_out, a_out, a_in * b_in)
-            form = default_form(*sizes, layout, A.device.type, dtype or A.dtype, tokens)
+            form = default_form(r * a_in, b_out, a_out, a_in * b_in, layout, device, dtype, tokens)
         return cls(r, a_out, a_in, b_out, b_in, layout, order, form)
 
     @property
