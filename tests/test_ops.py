@@ -242,6 +242,17 @@ def test_zero_factor_changes_nothing_bitwise():
         assert torch.equal(kron_linear(x, A, torch.zeros_like(B), base=base, layout=layout, order=order), base)
 
 
+@pytest.mark.parametrize("layout,order", itertools.product(LAYOUTS, ORDERS))
+@pytest.mark.parametrize("r", [1, 3])
+def test_gradients_have_the_strides_of_their_leaves(r, layout, order):
+    """DistributedDataParallel copies a gradient, with a warning, that has others."""
+    x, A, B, base = make((7,), r, 8, 4, 6, 5, dtype=torch.float32)
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    y = kron_linear(*leaves, base=base, layout=layout, order=order)
+    for leaf, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
+        assert gradient.stride() == leaf.stride()
+
+
 def test_no_gradient_is_computed_for_what_does_not_need_one():
     x, A, B, _ = make((4,), 1, 2, 3, 2, 2)
     B.requires_grad_()

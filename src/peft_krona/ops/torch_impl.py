@@ -287,8 +287,8 @@ def _backward(ctx, dy, x, A, B, mA, mB, h):
 
 
 def cast(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """A gradient in its leaf's dtype."""
-    return gradient if gradient is None or gradient.dtype == dtype else gradient.to(dtype)
+    """A gradient in its leaf's dtype and, as DistributedDataParallel wants it, in its leaf's strides."""
+    return None if gradient is None else gradient.to(dtype).contiguous()
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
