@@ -15,6 +15,11 @@ class LinearCase(NamedTuple):
     n_out: int
 
 
+def layers(device: str, only: str | None = None) -> list[LinearCase]:
+    """The layers that are measured on a device; with `only`, those whose name contains it."""
+    return [case for case in LAYERS + (LAYERS_ON_CUDA if device == "cuda" else ()) if not only or only in case.name]
+
+
 FACTORS = ((64, 4), (64, 8))
 
 # Attention projections at batch 1: SDXL at 1024 px, SD1.5 at 512 px.
@@ -27,6 +32,8 @@ LAYERS = (
     LinearCase("SD1.5 self-attention, 32x32", 1024, 640, 640),
     LinearCase("SD1.5 self-attention, 16x16", 256, 1280, 1280),
 )
+# Too slow for a CPU: a layer of Flux's size.
+LAYERS_ON_CUDA = (LinearCase("Flux DiT, 3072", 4096, 3072, 3072),)
 
 # What one layer costs as one of these changes and the others stay at POINT; factors (64, 4).
 POINT = {"tokens": 1024, "width": 640, "r": 1, "adapters": 1}

@@ -8,6 +8,7 @@ import platform
 import random
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 Step = Callable[[], object]
 HEAD_START = 5_000_000  # cycles, about 3 ms, in which a GPU waits while the step's kernels are queued
+OUT_OF_MEMORY = "out of memory"
 
 
 def interleaved(steps: dict[str, Step], repetitions: int, device: str, label: str) -> dict[str, list[float]]:
@@ -76,13 +78,24 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 
 def median_ratio(times: list[float], reference: list[float]) -> float:
-    """Median over the repetitions of this step's time over the reference's in the same repetition."""
-    return quantiles([a / b for a, b in zip(times, reference, strict=True)])["p50"]
+    """Median over the repetitions of this step's time over the reference's in the same repetition.
+
+    If a run is not through, one of the two may have been measured in more repetitions; those are left out.
+    """
+    return quantiles([a / b for a, b in zip(times, reference, strict=False)])["p50"]
 
 
 def median_added(times: list[float], reference: list[float]) -> float:
     """Median over the repetitions of the seconds added to the reference's in the same repetition."""
     return quantiles([a - b for a, b in zip(times, reference, strict=True)])["p50"]
+
+
+def failure(error: Exception) -> str:
+    """One line that says what went wrong; the traceback goes to standard error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return OUT_OF_MEMORY
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def copy_bandwidth(device: str) -> float:
@@ -98,11 +111,13 @@ def environment(device: str) -> dict[str, object]:
     packages = ("torch", "peft", "diffusers", "transformers", "lycoris-lora", "triton")
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
-        "commit": _commit(),
+        "commit": _output("git", "describe", "--always", "--dirty") or "unknown",
     }
 
 
@@ -131,6 +146,10 @@ def _cpu_flags() -> str:
         return ""
 
 
-def _commit() -> str:
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
+def _output(*command: str) -> str | None:
+    """The first line that a command prints; None if it cannot run."""
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    except OSError:
+        return None
+    return lines[0].strip() if lines else None

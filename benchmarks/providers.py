@@ -7,7 +7,8 @@ check a provider's numerics before it reports its speed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from peft import LoKrConfig, LoraConfig, get_peft_model
 from torch import nn
 
 import peft_krona
-from peft_krona.ops import kron_delta_weight, kron_linear, linear_kron_linear
+from peft_krona.ops import backend, kron_delta_weight, kron_linear, linear_kron_linear
 
 
 class Adapted(nn.Module):
@@ -155,4 +156,42 @@ PROVIDERS: dict[str, Callable[[nn.Linear, int, int], Adapted]] = {
     "KronA op, A first": _kron(_ours("a_first")),
 }
 
-CUDA_ONLY = ("KronA, triton", "KronA, auto")
+OTHER_BACKENDS = ("triton", "auto")  # besides "torch", which needs no word in a provider's name
+
+
+def on_backends(name: str, config: Any) -> dict[str, Any]:
+    """The configuration under its name, and under "name, triton" and "name, auto"."""
+    return {name: config, **{f"{name}, {other}": config for other in OTHER_BACKENDS}}
+
+
+def backend_of(provider: str) -> str:
+    """The backend in a provider's name; "torch" if there is none."""
+    other = provider.rpartition(", ")[2]
+    return other if other in OTHER_BACKENDS else "torch"
+
+
+def measured_on(device: str, providers: Iterable[str]) -> list[str]:
+    """Those that run without being asked for: on a CPU, only what is on the torch backend."""
+    return [name for name in providers if device == "cuda" or backend_of(name) == "torch"]
+
+
+def on_backend(name: str, step: Callable[[], object]) -> Callable[[], None]:
+    """The step with the Kronecker products of adapted models on one backend."""
+
+    def run() -> None:
+        before, backend.DEFAULT = backend.DEFAULT, name
+        try:
+            step()
+        finally:
+            backend.DEFAULT = before
+
+    return run
+
+
+def lycoris_kernels(device: str) -> str | None:
+    """What LyCORIS computes its bypass mode with on this device; None if LyCORIS is not installed."""
+    try:
+        from lycoris.kernels.dispatch import resolve_backend
+    except ImportError:
+        return None
+    return resolve_backend(device=torch.device(device)) if device == "cuda" else "torch"

@@ -7,6 +7,10 @@ autograd node holds all three layers: one product x [Bq Bk Bv]^T forward, one ea
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,6 +18,32 @@ from torch import nn
 from peft_krona.ops import linear_kron_linear
 from peft_krona.ops.mix import mix_add_, mix_backward, mix_gradient
 from peft_krona.ops.torch_impl import Plan
+
+from . import cases
+from .measure import interleaved, median_added, peak_bytes, quantiles
+
+Steps = dict[str, Callable[[], tuple[torch.Tensor, ...]]]
+
+
+def qkv_suite(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """q, k and v of self-attention, forward + backward, adapted one by one and together."""
+    rows: list[dict[str, Any]] = []
+    for case in cases.layers(args.device, args.only):
+        if case.n_in != case.n_out:
+            continue
+        for a_out, a_in in cases.FACTORS:
+            steps = qkv_steps(case.tokens, case.n_in, a_out, a_in, args.dtype, args.device)
+            times = interleaved(steps, args.repetitions, args.device, f"{case.name} ({a_out},{a_in})")
+            for name in steps:
+                row: dict[str, Any] = {"case": case._asdict(), "factors": [a_out, a_in], "provider": name}
+                row["training"] = {**quantiles(times[name]), "added": median_added(times[name], times["frozen"])}
+                row["peak_bytes"] = peak_bytes(steps[name], args.device)
+                rows.append(row)
+                print(
+                    f"{case.name} ({a_out},{a_in}) {name:12} {row['training']['p50'] * 1e3:8.3f} ms  "
+                    f"+{row['training']['added'] * 1e3:8.3f} ms  peak {row['peak_bytes'] / 2**20:7.1f} MiB"
+                )
+            yield rows
 
 
 class _Joint(torch.autograd.Function):
@@ -55,7 +85,7 @@ class _Joint(torch.autograd.Function):
         )
 
 
-def qkv_steps(tokens: int, width: int, a_out: int, a_in: int, dtype: torch.dtype, device: str) -> dict[str, object]:
+def qkv_steps(tokens: int, width: int, a_out: int, a_in: int, dtype: torch.dtype, device: str) -> Steps:
     """Forward + backward of three layers that read one x: frozen, adapted one by one, adapted together.
 
     Raises:

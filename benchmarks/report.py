@@ -13,61 +13,125 @@ from typing import Any
 
 
 def describe(result: dict[str, Any]) -> str:
-    """One line: device, threads, dtype, versions, commit, copy bandwidth."""
+    """One line: device, threads, dtype, versions, commit, copy bandwidth; what is missing."""
     environment = result["environment"]
+    device = environment["device"]
+    if environment.get("cuda"):
+        device += f" (driver {environment.get('driver')}, CUDA {environment['cuda']})"
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
-    return (
-        f"{environment['device']}, {environment['threads']} thread(s), {result['dtype']}; {versions}; commit "
+    line = (
+        f"{device}, {environment['threads']} thread(s), {result['dtype']}; {versions}; commit "
         f"{environment['commit']}; memory copies at {result['copy_bytes_per_second'] / 1e9:.1f} GB/s; medians of "
         f"{result['repetitions']} interleaved repetitions."
     )
+    if result.get("lycoris_kernels"):
+        line += f" LyCORIS computes its bypass mode with: {result['lycoris_kernels']}."
+    if not result.get("complete", True):
+        line += " **Incomplete: the run was stopped.**"
+    return line
 
 
 def layer_table(result: dict[str, Any]) -> str:
-    """Milliseconds that each provider adds to the frozen layer's forward + backward, and its peak memory."""
+    """Milliseconds that each provider adds to the frozen layer's forward + backward, and its peak memory.
+
+    On a GPU also how often the floor, which says nothing where a CPU's caches hold x and y.
+    """
+    on_gpu = result.get("device") == "cuda"
     lines = []
     for case, factors in _cases(result):
-        rows = [r for r in result["rows"] if r["case"]["name"] == case and r["factors"] == factors]
-        frozen = next(r for r in rows if r["provider"] == "frozen")
-        lora = next((r for r in rows if r["provider"] == "PEFT LoRA r=4"), None)
-        sizes = frozen["case"]
+        rows = _rows_of(result, case, factors)
+        frozen = next((r for r in rows if r["provider"] == "frozen"), {})
+        if "training" not in frozen:
+            continue
+        lora = next((r for r in rows if r["provider"] == "PEFT LoRA r=4"), {})
+        columns = ["", "parameters", "forward adds (ms)", "forward + backward adds (ms)", "of LoRA's", "peak (MiB)"]
+        floor = ""
+        if on_gpu:
+            columns[3:3] = ["of the floor"]
+            columns[5:5] = ["of the floor"]
+            known = next((r for r in rows if "floor" in r.get("training", {})), None)
+            if known:
+                floor = (
+                    " Floor: "
+                    + " and ".join(_ms(known[kind]["floor"], True) for kind in ("forward", "training"))
+                    + " ms."
+                )
         lines += [
             "",
-            f"**{case}**: {sizes['tokens']} tokens, {sizes['n_in']} to {sizes['n_out']}, factors "
-            f"({factors[0]},{factors[1]}). Frozen layer: {frozen['training']['p50'] * 1e3:.1f} ms forward + backward, "
-            f"{frozen['peak_bytes'] / 2**20:.1f} MiB.",
+            f"**{case}**: {_sizes(frozen)}, factors ({factors[0]},{factors[1]}). Frozen layer: "
+            f"{_ms(frozen['training']['p50'], on_gpu)} ms forward + backward, "
+            f"{frozen['peak_bytes'] / 2**20:.1f} MiB.{floor}",
             "",
-            "| | parameters | forward adds (ms) | forward + backward adds (ms) | of LoRA's | peak (MiB) |",
-            "|---|---:|---:|---:|---:|---:|",
+            *_head(columns, left=1),
         ]
         for row in rows:
             if row["provider"] == "frozen":
                 continue
-            if "wrong" in row:
-                lines.append(f"| {row['provider']} | {row['trainable']:,} | wrong: {row['wrong']} | | | |")
-                continue
-            share = row["training"]["added"] / lora["training"]["added"] if lora else float("nan")
-            lines.append(
-                f"| {row['provider']} | {row['trainable']:,} | {row['forward']['added'] * 1e3:.1f} | "
-                f"{row['training']['added'] * 1e3:.1f} | {share:.2f} | {row['peak_bytes'] / 2**20:.1f} |"
-            )
+            cells = [row["provider"], f"{row['trainable']:,}" if "trainable" in row else ""]
+            if "training" not in row:
+                cells.append(_problem(row))
+            else:
+                for kind in ("forward", "training"):
+                    cells.append(_ms(row[kind]["added"], on_gpu))
+                    if on_gpu:
+                        cells.append(f"{row[kind]['over_floor']:.2f}")
+                share = f"{row['training']['added'] / lora['training']['added']:.2f}" if "training" in lora else ""
+                cells += [share, f"{row['peak_bytes'] / 2**20:.1f}"]
+            lines.append(_line(cells, len(columns)))
     return "\n".join(lines)
 
 
 def unet_table(result: dict[str, Any]) -> str:
     """One step of whole UNets: training, or denoising in the inference suite."""
     kind = "training" if result["suite"] == "unet" else "forward"
-    lines = [
-        "| UNet | adapter | parameters | step (s) | of the frozen UNet's | of LoRA's | peak (MiB) |",
-        "|---|---|---:|---:|---:|---:|---:|",
+    columns = ["UNet", "batch", "checkpointing", "compiled", "adapter", "parameters", "step (ms)"]
+    columns += ["of the frozen UNet's", "of LoRA's", "peak (MiB)"]
+    lines = _head(columns, left=5)
+    for row in sorted(result["rows"], key=_variant):  # providers of one variant below each other
+        name, batch, checkpointing, compiled = _variant(row)
+        if compiled:
+            graphs = f"{row['compilations']} graphs, {row['graph_breaks']} breaks" if "compilations" in row else "yes"
+        cells = [name, str(batch), "on" if checkpointing else "off", graphs if compiled else "no", row["provider"]]
+        if "failed" in row:
+            cells += ["", _problem(row)]
+        else:
+            times = row[kind]
+            ratios = [times.get("over_frozen"), times.get("over_lora")]
+            cells += [f"{row['trainable']:,}", _ms(times["p50"], False)]
+            cells += ["" if ratio is None else f"{ratio:.3f}" for ratio in ratios]
+            cells.append(f"{row['peak_bytes'] / 2**20:.0f}")
+        lines.append(_line(cells, len(columns)))
+    return "\n".join(lines)
+
+
+def _variant(row: dict[str, Any]) -> tuple[str, int, bool, bool]:
+    name = f"{row['unet']}, {row['latents']}x{row['latents']} latents"
+    return name, row["batch"], row.get("gradient_checkpointing", False), row.get("compiled", False)
+
+
+def qkv_table(result: dict[str, Any]) -> str:
+    """Milliseconds that the adapters of q, k and v add, each on its own and in one node."""
+    on_gpu = result.get("device") == "cuda"
+    columns = [
+        "layer",
+        "factors",
+        "q, k and v",
+        "forward + backward (ms)",
+        "adds (ms)",
+        "of one by one's",
+        "peak (MiB)",
     ]
-    for row in result["rows"]:
-        times = row[kind]
-        lines.append(
-            f"| {row['unet']}, {row['latents']}x{row['latents']} latents, batch {row['batch']} | {row['provider']} | "
-            f"{row['trainable']:,} | {times['p50']:.3f} | {times['over_frozen']:.3f} | "
-            f"{times['over_lora']:.3f} | {row['peak_bytes'] / 2**20:.0f} |"
-        )
+    lines = _head(columns, left=3)
+    for case, factors in _cases(result):
+        rows = _rows_of(result, case, factors)
+        alone = next(r["training"]["added"] for r in rows if r["provider"] == "one by one")
+        for row in rows:
+            times = row["training"]
+            cells = [f"{case}: {_sizes(row)}", f"({factors[0]},{factors[1]})", row["provider"]]
+            cells.append(_ms(times["p50"], on_gpu))
+            frozen = row["provider"] == "frozen"
+            cells += ["", ""] if frozen else [_ms(times["added"], on_gpu), f"{times['added'] / alone:.2f}"]
+            lines.append(_line([*cells, f"{row['peak_bytes'] / 2**20:.1f}"], len(columns)))
     return "\n".join(lines)
 
 
@@ -101,9 +165,9 @@ def plot(results: list[dict[str, Any]], path: Path, only: str = "") -> None:
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (result, case, factors) in zip(axes.flat, panels, strict=False):
-        rows = [r for r in result["rows"] if r["case"]["name"] == case and r["factors"] == factors]
-        rows = [r for r in rows if r["provider"] != "frozen" and "wrong" not in r]
-        frozen = next(r for r in result["rows"] if r["case"]["name"] == case and r["provider"] == "frozen")
+        rows = [r for r in _rows_of(result, case, factors) if "training" in r]
+        frozen = next(r for r in rows if r["provider"] == "frozen")
+        rows.remove(frozen)
         added = [max(r["training"]["added"], 1e-5) * 1e3 for r in rows]
         colours = ["#d1495b" if r["provider"] == "KronA" else "#8d99ae" for r in rows]
         names = [r["provider"] for r in rows]
@@ -126,7 +190,38 @@ def _cases(result: dict[str, Any]) -> list[tuple[str, list[int]]]:
     return [(case, list(factors)) for case, factors in seen]
 
 
-TABLES = {"layer": layer_table, "scaling": scaling_table, "unet": unet_table, "inference": unet_table}
+def _rows_of(result: dict[str, Any], case: str, factors: list[int]) -> list[dict[str, Any]]:
+    return [r for r in result["rows"] if r["case"]["name"] == case and r["factors"] == factors]
+
+
+def _sizes(row: dict[str, Any]) -> str:
+    return f"{row['case']['tokens']} tokens, {row['case']['n_in']} to {row['case']['n_out']}"
+
+
+def _ms(seconds: float, small: bool) -> str:
+    return f"{seconds * 1e3:.{3 if small else 1}f}"
+
+
+def _problem(row: dict[str, Any]) -> str:
+    return f"wrong: {row['wrong']}" if "wrong" in row else f"failed: {row.get('failed')}"
+
+
+def _head(columns: list[str], left: int) -> list[str]:
+    """A table's first two lines; all columns but the first ones hold numbers."""
+    return [_line(columns, len(columns)), "|" + "---|" * left + "---:|" * (len(columns) - left)]
+
+
+def _line(cells: list[str], columns: int) -> str:
+    return "| " + " | ".join([*cells, *[""] * (columns - len(cells))]).replace("\n", " ") + " |"
+
+
+TABLES = {
+    "layer": layer_table,
+    "scaling": scaling_table,
+    "unet": unet_table,
+    "inference": unet_table,
+    "qkv": qkv_table,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -139,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     results = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
     for path, result in zip(args.results, results, strict=True):
         print(f"\n### {path.name}\n\n{describe(result)}\n")
-        print(TABLES[result["suite"]](result))
+        print(TABLES[result["suite"]](result) if result["rows"] else "Nothing was measured.")
     layers = [result for result in results if result["suite"] == "layer"]
     if args.plot and layers:
         plot(layers, args.plot, args.only)
