@@ -66,7 +66,7 @@ def _one_layer(case: cases.LinearCase, a_out: int, a_in: int, label: str, args: 
         steps["forward"][name], steps["training"][name] = _no_grad(module, x), training
     moved = floor_bytes(case.tokens, case.n_in, case.n_out, args.dtype)
     for kind, of_kind in steps.items():
-        times = interleaved(of_kind, args.repetitions, args.device, f"{label} {kind}")
+        times = interleaved(of_kind, repetitions(case, args), args.device, f"{label} {kind}")
         for name, mine in times.items():
             rows[name][kind] = quantiles(mine)
             if "frozen" in times:
@@ -77,6 +77,12 @@ def _one_layer(case: cases.LinearCase, a_out: int, a_in: int, label: str, args: 
     for name, step in steps["training"].items():
         rows[name]["peak_bytes"] = peak_bytes(step, args.device)
     return list(rows.values())
+
+
+def repetitions(case: cases.LinearCase, args: argparse.Namespace) -> int:
+    """Three times as many on a CPU for the layers that take a few milliseconds, whose added time drowns in noise else."""
+    short = case.tokens * case.n_in * case.n_out < 2**29
+    return args.repetitions * 3 if short and args.device == "cpu" else args.repetitions
 
 
 def _against_the_floor(added: float, moved: int, bandwidth: float) -> Row:
