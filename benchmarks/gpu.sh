@@ -13,6 +13,7 @@
 #   unet          190 s: 6 providers, 2 turns each: 4 s to inject, 5 steps of 4 variants (0.25, 0.35, 0.5 and 0.65 s)
 #   unet-compiled 100 s: 6 providers, 4 s each to inject and 10 s to compile two shapes of block, forward and backward
 #   qkv            25 s
+#   forms          20 s
 #   scaling        45 s
 #   inference      60 s, if that much is left
 set -uo pipefail
@@ -59,6 +60,7 @@ part 220 unet-cuda --suite unet --only SDXL --repetitions 2 --steps 3 --batch 1 
 part 120 unet-compiled-cuda --suite unet --only SDXL --repetitions 1 --steps 10 --compile \
     --providers "$lora" "${krona[@]}"
 part 40 qkv-cuda --suite qkv --repetitions 25
+part 30 forms-cuda --suite forms
 part 60 scaling-cuda --suite scaling --repetitions 15
 part 90 inference-cuda --suite inference --only SDXL --repetitions 1 --steps 5 \
     --providers "$lora" "${krona[@]}" "KronA (64,4), merged"

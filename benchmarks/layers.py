@@ -80,7 +80,7 @@ def _one_layer(case: cases.LinearCase, a_out: int, a_in: int, label: str, args: 
 
 
 def repetitions(case: cases.LinearCase, args: argparse.Namespace) -> int:
-    """Three times as many on a CPU for the layers that take a few milliseconds, whose added time drowns in noise else."""
+    """Three times as many on a CPU for layers of a few milliseconds, whose added time drowns in noise else."""
     short = case.tokens * case.n_in * case.n_out < 2**29
     return args.repetitions * 3 if short and args.device == "cpu" else args.repetitions
 

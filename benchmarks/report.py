@@ -150,6 +150,19 @@ def scaling_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def forms_table(result: dict[str, Any]) -> str:
+    """Milliseconds of the product's forward + backward in every form; what the rule takes is in bold."""
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["seconds"]))
+    lines = _head(["layer", "factors", *(name.removeprefix("torch ") for name in names)], left=2)
+    for row in result["rows"]:
+        cells = [f"{row['case']['name']}: {_sizes(row)}", f"({row['factors'][0]},{row['factors'][1]})"]
+        for name in names:
+            time = _ms(row["seconds"][name], result.get("device") == "cuda") if name in row["seconds"] else ""
+            cells.append(f"**{time}**" if name == f"torch {row['rule']}" else time)
+        lines.append(_line(cells, len(names) + 2))
+    return "\n".join(lines)
+
+
 def plot(results: list[dict[str, Any]], path: Path, only: str = "") -> None:
     """Added forward + backward time of every provider, one panel a case that `only` is in, on a logarithmic scale."""
     import matplotlib
@@ -221,6 +234,7 @@ TABLES = {
     "unet": unet_table,
     "inference": unet_table,
     "qkv": qkv_table,
+    "forms": forms_table,
 }
 
 

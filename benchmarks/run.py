@@ -9,7 +9,7 @@
 `layer`: one adapted Linear, forward and forward + backward, added to the frozen layer. `scaling`: the same as tokens,
 width, r or the number of active adapters grow. `unet`: one training step of a real UNet (random weights). `inference`:
 one denoising step of it, without gradients, KronA merged and not. `qkv`: what q, k and v would gain by sharing x.
-`benchmarks/gpu.sh` runs all of them on a GPU.
+`forms`: the op in each of its forms. `benchmarks/gpu.sh` runs all of them on a GPU.
 
 All providers of a case run once in every repetition, in a new order each time; ratios are medians of the ratios within
 a repetition. A provider whose output is not base + dW x is reported as wrong, without a speed. One that raises is
@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from .forms import forms_suite
 from .layers import layer_suite, scaling_suite
 from .measure import OUT_OF_MEMORY, copy_bandwidth, environment
 from .providers import PROVIDERS, lycoris_kernels, measured_on
@@ -42,6 +43,7 @@ SUITES: dict[str, Callable[[argparse.Namespace], Iterator[list[dict[str, Any]]]]
     "unet": unet_suite,
     "inference": inference_suite,
     "qkv": qkv_suite,
+    "forms": forms_suite,
 }
 
 

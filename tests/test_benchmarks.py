@@ -117,6 +117,13 @@ def test_qkv(tmp_path, capsys):
     assert "| square: 5 tokens, 32 to 32 | (8,2) | together |" in table(tmp_path / "r.json", capsys)
 
 
+def test_forms(tmp_path, capsys):
+    result = measured(tmp_path / "r.json", "--suite", "forms")
+    assert all(row["rule"] == "expanded" and not row["out"] for row in result["rows"])  # up to 5 columns on a CPU
+    assert all(set(row["seconds"]) >= {"torch batched", "torch expanded"} for row in result["rows"])
+    assert "| square: 5 tokens, 32 to 32 | (8,2) |" in table(tmp_path / "r.json", capsys)
+
+
 def test_compiled_blocks_and_their_counts(tmp_path, capsys):
     """Blocks of two widths: two graphs without a break, whether adapted or not."""
     torch._dynamo.reset()
