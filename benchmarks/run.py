@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 
+from peft_krona.ops.tuning import REPETITIONS
+
 from .forms import forms_suite
 from .layers import layer_suite, scaling_suite
 from .measure import OUT_OF_MEMORY, copy_bandwidth, environment
@@ -101,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         "suite": args.suite,
         "device": args.device,
         "dtype": args.dtype,
-        "repetitions": args.repetitions,
+        "repetitions": REPETITIONS if args.suite == "forms" else args.repetitions,
         "steps": args.steps,
         "compile": args.compile,
         "environment": environment(args.device),

@@ -93,6 +93,7 @@ def test_a_zero_factor_changes_nothing_bitwise(form, layout):
     [
         (4, 5, 64, 320, "kron", "cpu", torch.float32, "expanded"),
         (4, 5, 64, 320, "diffusekrona", "cpu", torch.bfloat16, "expanded"),
+        (64, 5, 20, 320, "kron", "cpu", torch.float32, "batched"),  # expanded it would be as large as dW
         (8, 10, 64, 640, "kron", "cpu", torch.float32, "paired"),
         (8, 10, 64, 640, "kron", "cpu", torch.bfloat16, "batched"),
         (8, 10, 64, 640, "diffusekrona", "cpu", torch.float32, "batched"),

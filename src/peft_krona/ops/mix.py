@@ -26,14 +26,11 @@ def default_form(
     """The form to take for A (a_out, Q) where nothing was measured on this machine."""
     if device != "cpu":  # launches and tensor cores: one GEMM, while it stays small beside the frozen layer's
         return "expanded" if 4 * Q * u <= n_in else "batched"
-    if u <= 5:
+    if u <= 5 and 2 * Q * u <= n_in:  # a matrix of at most half of dW's size
         return "expanded"
     narrow = u < 12 and can_pair(a_out, layout) and a_out >= 4 * Q
-    if (
-        narrow and dtype == torch.float32 and tokens >= MANY
-    ):  # else copying h into its blocks takes longer than it saves
-        return "paired"
-    return "batched"
+    # With few tokens, copying h takes longer than the quicker GEMM saves.
+    return "paired" if narrow and dtype == torch.float32 and tokens >= MANY else "batched"
 
 
 def can_pair(a_out: int, layout: str) -> bool:
