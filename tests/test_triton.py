@@ -356,6 +356,11 @@ def small():
     "state,dtype,message",
     [
         ({"_HAS_TRITON": False}, torch.float32, r"backend='triton' was asked for, but the package triton is not inst"),
+        (
+            {"_HAS_TRITON": True, "_triton_version": lambda: (3, 0)},
+            torch.float32,
+            r"the kernels need triton 3.4 or newer, and 3.0 is installed",
+        ),
         ({"_HAS_TRITON": True}, torch.float64, r"compute in torch.float32, .*, not in torch.float64"),
         ({"_HAS_TRITON": True, "_INTERPRETED": False}, torch.float32, r"on 'cpu' and the kernels need a CUDA device"),
     ],

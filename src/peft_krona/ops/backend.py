@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
+from importlib import metadata
 
 import torch
 
@@ -16,10 +18,19 @@ BACKENDS = ("torch", "triton", "auto")
 DEFAULT = os.environ.get("PEFT_KRONA_BACKEND") or "torch"
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+OLDEST_TRITON = (3, 4)  # 3.0's interpreter does not run the kernels; versions between were not tried
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _announced: set[str] = set()
 logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
+    except (metadata.PackageNotFoundError, ValueError):  # a build of another name, such as pytorch-triton
+        return OLDEST_TRITON
 
 
 def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -44,6 +55,9 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """What keeps the kernels from computing in `dtype` on `device`; None if nothing does."""
     if not _HAS_TRITON:
         return "the package triton is not installed (pip install 'peft-krona[triton]')"
+    if (found := _triton_version()) < OLDEST_TRITON:
+        oldest, found = (".".join(map(str, version)) for version in (OLDEST_TRITON, found))
+        return f"the kernels need triton {oldest} or newer, and {found} is installed"
     if dtype not in _DTYPES:
         return f"the kernels compute in {', '.join(map(str, _DTYPES))}, not in {dtype}"
     if device.type != "cuda" and not _INTERPRETED:
