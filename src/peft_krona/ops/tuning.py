@@ -72,7 +72,7 @@ def candidates(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[str
     if plan.order == "b_first":  # the order that has forms
         small = 2 * plan.r * plan.a_in * plan.b_out <= plan.a_in * plan.b_in  # the expanded matrix, beside dW
         exists = {"paired": can_pair(plan.a_out, plan.layout), "expanded": small}
-        names += [f"torch {form}" for form in FORMS[1:] if exists[form] or form == plan.form]
+        names += [f"torch {form}" for form in FORMS[1:] if exists[form]]
     if device.type == "cuda" and why_not_triton(device, dtype) is None:  # on a CPU: the interpreter, which takes ages
         names.append("triton")
     return names
