@@ -383,7 +383,7 @@ class Linear(KronALayer):
             or (self.training and isinstance(self.krona_dropout[name], nn.Dropout))
         ):
             return None
-        # Not a parameter: parametrized, or a plain tensor attribute.
+        # A plain tensor may stand for either of them; one that is found nowhere is parametrized.
         weight, bias = (state["_parameters"].get(key, state.get(key)) for key in ("weight", "bias"))
         if type(weight) not in (nn.Parameter, torch.Tensor) or weight.requires_grad or not weight.is_floating_point():
             return None
