@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from peft_krona.ops.mix import MANY
 from peft_krona.ops.torch_impl import Plan
 
 ARCHITECTURES = (80, 90, 100)
@@ -44,20 +45,20 @@ def compile_offline(
 
     function = getattr(triton_kernels, f"{kernel}_kernel")
     r, a_out, a_in, b_out, b_in = shape
-    A, B = torch.empty(r, a_out, a_in, dtype=dtype), torch.empty(r, b_out, b_in, dtype=dtype)
-    plan = Plan.of(A, B, layout)
-    mA, mB = plan._replace(layout="kron").matrices(A, B)
-    constants = triton_kernels.constants(plan, mA, mB)
-    constants |= {"ADD": add, "NEED_X": True, "NEED_FACTORS": True} if kernel == "backward" else {}
-    if kernel == "forward" and not add:
+    plan = Plan.of_shapes((r, a_out, a_in), (r, b_out, b_in), layout, None, None, "cuda", dtype, MANY)
+    constants = {"z": triton_kernels.sizes(plan, dtype.itemsize)}
+    if kernel == "backward":
+        constants |= {"ADD": add, "NEED_X": True, "NEED_FACTORS": True}
+    elif not add:
         constants["base"] = None
     pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
-    scalars = {"T": "i32", "chunk": "i32", "x_t": "i32", "b_t": "i32", "dx_t": "i32", "d_factors": "*fp32"}
-    signature = {n: "constexpr" if n in constants else scalars.get(n, pointer) for n in function.arg_names}
+    others = dict.fromkeys(("T", "chunk", "x_t", "b_t", "dx_t"), "i32") | {"scale": "fp32"}
+    others |= dict.fromkeys(("A", "B", "parts"), "*fp32")  # PEFT keeps factors in fp32
+    signature = {n: "constexpr" if n in constants else others.get(n, pointer) for n in function.arg_names}
     aligned = {  # as a launch finds them: whole tensors, rows of a multiple of 16 values
         (position,): [["tt.divisibility", 16]]
         for position, name in enumerate(function.arg_names)
-        if name not in ("T", "chunk") and signature[name] != "constexpr"
+        if name not in ("T", "chunk", "scale") and signature[name] != "constexpr"
     }
     compiled = triton.compile(
         ASTSource(function, signature, constants, aligned),
@@ -71,6 +72,40 @@ def compile_offline(
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return Resources(int(registers), int(stack), compiled.metadata.shared)
+
+
+class NoDevice:
+    """A Triton driver for a GPU that is not here: launches compile, count, and compute nothing."""
+
+    def __init__(self, architecture: int) -> None:
+        self.launched: list[str] = []
+        self.architecture = architecture
+        self.utils = self
+
+    # what Triton asks a driver for
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def launcher_cls(self, source, metadata):
+        return lambda *arguments: self.launched.append(metadata.name)
+
+    # and its `utils`
+    def load_binary(self, *arguments) -> tuple[int, ...]:
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024}
 
 
 if __name__ == "__main__":

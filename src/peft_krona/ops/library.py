@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .torch_impl import Plan, cast, no_autocast, prepared, scaled_by_number
+from .torch_impl import Plan, no_autocast, scaled_by_number
 
 
 def fused_add(
@@ -27,23 +27,22 @@ def fused_add(
 ) -> torch.Tensor:
     """base + s * product (T, out), with base = x weight^T + bias where a weight is given, else `base` or 0.
 
-    x (T, in), rows of any stride; base, weight and bias of x's dtype, weight and bias frozen.
+    x (T, in), rows of any stride; base, weight and bias of x's dtype, weight and bias frozen; A and B of any dtype.
     """
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:  # the latter: tracing, fake tensors
-        return fused(x, *prepared(A, B, scale, x.dtype), base, weight, bias, plan.layout, plan.order)[0]
     A, scale = scaled_by_number(A, scale)
-    return FusedAdd.apply(x, A, B, base, weight, bias, plan, scale)
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:  # the latter: tracing, fake tensors
+        return fused(x, A, B, base, weight, bias, float(scale), plan.layout, plan.order)[0]
+    return FusedAdd.apply(x, A, B, base, weight, bias, plan, float(scale))
 
 
 class FusedAdd(torch.autograd.Function):
-    """`fused_add` in eager mode. Scaling and casting the factors is part of the node."""
+    """`fused_add` in eager mode."""
 
     @staticmethod
     def forward(ctx, x, A, B, base, weight, bias, plan: Plan, scale: float):
-        mine = prepared(A, B, scale, x.dtype)
-        y, h = _forward(x, *mine, base, weight, bias, plan)
-        ctx.save_for_backward(x, *mine, weight, h)
-        ctx.plan, ctx.scale, ctx.dtypes = plan, scale, (A.dtype, B.dtype)
+        y, h = _forward(x, A, B, base, weight, bias, scale, plan)
+        ctx.save_for_backward(x, A, B, weight, h)
+        ctx.plan, ctx.scale = plan, scale
         return y
 
     @staticmethod
@@ -51,46 +50,43 @@ class FusedAdd(torch.autograd.Function):
     def backward(ctx, dy):
         x, A, B, weight, h = ctx.saved_tensors
         need_x, need_A, need_B, need_base = ctx.needs_input_grad[:4]
-        dx, dA, dB = _backward(dy, x, h, A, B, weight, ctx.plan, need_x, need_A or need_B, torch.float32)
-        if need_A and ctx.scale != 1:
-            dA = dA * ctx.scale
-        dA, dB = cast(dA if need_A else None, ctx.dtypes[0]), cast(dB if need_B else None, ctx.dtypes[1])
-        return dx, dA, dB, dy if need_base else None, *[None] * 4
+        dx, dA, dB = _backward(dy, x, h, A, B, weight, ctx.scale, ctx.plan, need_x, need_A or need_B)
+        return dx, dA if need_A else None, dB if need_B else None, dy if need_base else None, *[None] * 4
 
 
-def _forward(x, A, B, base, weight, bias, plan):
+def _forward(x, A, B, base, weight, bias, scale, plan):
     """(y, h). The frozen layer's output is owned here, so that the product is added to it in place."""
     from . import triton_kernels
 
     if weight is None:
-        return triton_kernels.forward(x, A, B, base, plan)
+        return triton_kernels.forward(x, A, B, base, scale, plan)
     with no_autocast(x.device):
         y = F.linear(x, weight, bias)
-    return y, triton_kernels.forward_(x, A, B, y, plan)
+    return y, triton_kernels.forward_(x, A, B, y, scale, plan)
 
 
-def _backward(dy, x, h, A, B, weight, plan, need_x, need_factors, dtype):
+def _backward(dy, x, h, A, B, weight, scale, plan, need_x, need_factors):
     """(dX, dA, dB), None for what is not needed; dX with the frozen layer's part if there is a weight."""
     from . import triton_kernels
 
     with no_autocast(dy.device):
         dx = dy @ weight if need_x and weight is not None else None
-    return triton_kernels.backward(dy, x, h, A, B, plan, dx, need_x, need_factors, dtype)
+    return triton_kernels.backward(dy, x, h, A, B, scale, plan, dx, need_x, need_factors)
 
 
 @torch.library.custom_op(
     "peft_krona::fused",
     mutates_args=(),
-    schema="(Tensor x, Tensor A, Tensor B, Tensor? base, Tensor? weight, Tensor? bias, str layout, str order) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor A, Tensor B, Tensor? base, Tensor? weight, Tensor? bias, float scale, str layout, "
+    "str order) -> (Tensor, Tensor)",
 )
-def fused(x, A, B, base, weight, bias, layout, order):
-    """(`fused_add`, intermediate) for factors that are scaled and of x's dtype."""
-    return _forward(x, A, B, base, weight, bias, Plan.of(A, B, layout, order))
+def fused(x, A, B, base, weight, bias, scale, layout, order):
+    """(`fused_add`, intermediate)."""
+    return _forward(x, A, B, base, weight, bias, scale, Plan.of(A, B, layout, order))
 
 
 @fused.register_fake
-def _(x, A, B, base, weight, bias, layout, order):
+def _(x, A, B, base, weight, bias, scale, layout, order):
     plan = Plan.of(A, B, layout, order)
     return x.new_empty(x.shape[0], plan.a_out * plan.b_out), x.new_empty(x.shape[0], plan.intermediate)
 
@@ -98,18 +94,18 @@ def _(x, A, B, base, weight, bias, layout, order):
 @torch.library.custom_op(
     "peft_krona::fused_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor h, Tensor A, Tensor B, Tensor? weight, str layout, str order, bool need_x, "
-    "bool need_factors) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor dy, Tensor x, Tensor h, Tensor A, Tensor B, Tensor? weight, float scale, str layout, str order, "
+    "bool need_x, bool need_factors) -> (Tensor, Tensor, Tensor)",
 )
-def fused_backward(dy, x, h, A, B, weight, layout, order, need_x, need_factors):
+def fused_backward(dy, x, h, A, B, weight, scale, layout, order, need_x, need_factors):
     """(dX, dA, dB), empty tensors for what is not needed. dX includes the frozen layer's part if there is a weight."""
     plan = Plan.of(A, B, layout, order)
-    gradients = _backward(dy, x, h, A, B, weight, plan, need_x, need_factors, A.dtype)
+    gradients = _backward(dy, x, h, A, B, weight, scale, plan, need_x, need_factors)
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
 @fused_backward.register_fake
-def _(dy, x, h, A, B, weight, layout, order, need_x, need_factors):
+def _(dy, x, h, A, B, weight, scale, layout, order, need_x, need_factors):
     return (
         x.new_empty(x.shape if need_x else 0),
         A.new_empty(A.shape if need_factors else 0),
@@ -118,9 +114,9 @@ def _(dy, x, h, A, B, weight, layout, order, need_x, need_factors):
 
 
 def _save_for_op(ctx, inputs, output):
-    x, A, B, _, weight, _, layout, order = inputs
+    x, A, B, _, weight, _, *settings = inputs
     ctx.save_for_backward(x, A, B, weight, output[1])
-    ctx.settings = layout, order
+    ctx.settings = settings
     ctx.set_materialize_grads(False)  # no zeros for the intermediate, which nothing else uses
 
 
@@ -133,7 +129,7 @@ def _backward_of_op(ctx, dy, _):
         dA if need_A else None,
         dB if need_B else None,
         dy if need_base else None,
-        *[None] * 4,
+        *[None] * 5,
     )
 
 

@@ -203,9 +203,9 @@ class Plan(NamedTuple):
 def prepared(
     A: torch.Tensor, B: torch.Tensor, scale: float | torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """s * A and B in the compute dtype. Scaling before the cast keeps fp32 factors exact as long as possible."""
+    """s * A and B in the compute dtype. Scaling is done in the wider of the two dtypes, before rounding to one."""
     if isinstance(scale, torch.Tensor) or scale != 1:
-        A = A * scale
+        A = A.to(torch.promote_types(A.dtype, dtype)) * scale
     return A if A.dtype == dtype else A.to(dtype), B if B.dtype == dtype else B.to(dtype)
 
 
