@@ -278,7 +278,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        names = [] if self.merged else [name for name in self.active_adapters if name in self.krona_A]
+        names = [] if self.merged else [name for name in self.active_adapters if name in self.scaling]
         if not names:
             return self.base_layer(x, *args, **kwargs)
         return self._adapted(x, names, *args, **kwargs)
@@ -343,13 +343,15 @@ class Linear(KronALayer):
         return True
 
     def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        first, *others = names
-        if not args and not kwargs and (frozen := self._plain_frozen_base(first)) is not None:
-            A, B = self.krona_A[first], self.krona_B[first]
-            result = linear_kron_linear(x, *frozen, A, B, scale=self._scale(first), layout=self.layout[first])
-        else:
+        first = names[0]
+        frozen = None if args or kwargs else self._plain_frozen_base(first)
+        if frozen is None:
             result = self._add_delta(self._base_forward(x, *args, **kwargs), x, first)
-        for name in others:
+        else:
+            modules = self._modules  # not by attribute: see _plain_frozen_base
+            A, B = modules["krona_A"][first], modules["krona_B"][first]
+            result = linear_kron_linear(x, *frozen, A, B, scale=self._scale(first), layout=self.layout[first])
+        for name in names[1:]:
             result = self._add_delta(result, x, name)
         return result
 
@@ -367,10 +369,10 @@ class Linear(KronALayer):
     def _plain_frozen_base(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """(weight, bias) where base and adapter can be one autograd node, else None.
 
-        They can for a plain frozen nn.Linear that nothing hooks into. Asked in every forward, so it reads the base's
-        dicts: a parameter through nn.Module.__getattr__ takes several times as long.
+        They can for a plain frozen nn.Linear that nothing hooks into. Asked in every forward, so it reads the modules'
+        dicts: a parameter or module through nn.Module.__getattr__ takes several times as long.
         """
-        base = self.base_layer
+        base = self._modules["base_layer"]
         state = base.__dict__
         if (
             type(base).forward is not nn.Linear.forward
@@ -380,13 +382,15 @@ class Linear(KronALayer):
             or state["_backward_hooks"]
             or state["_backward_pre_hooks"]
             or self.quantization_backend is not None
-            or (self.training and isinstance(self.krona_dropout[name], nn.Dropout))
+            or (self.training and type(self._modules["krona_dropout"]._modules[name]) is not nn.Identity)
         ):
             return None
-        # A plain tensor may stand for either of them; one that is found nowhere is parametrized.
-        weight, bias = (state["_parameters"].get(key, state.get(key)) for key in ("weight", "bias"))
-        if type(weight) not in (nn.Parameter, torch.Tensor) or weight.requires_grad or not weight.is_floating_point():
+        parameters = state["_parameters"]
+        try:  # a plain tensor may stand for either of them; one that is found nowhere is parametrized
+            weight = parameters["weight"] if "weight" in parameters else state["weight"]
+            bias = parameters["bias"] if "bias" in parameters else state["bias"]
+        except KeyError:
             return None
-        if bias is None and "bias" not in state["_parameters"] and "bias" not in state:
+        if type(weight) not in (nn.Parameter, torch.Tensor) or weight.requires_grad or not weight.is_floating_point():
             return None
         return None if bias is not None and bias.requires_grad else (weight, bias)

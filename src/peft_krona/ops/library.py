@@ -25,14 +25,18 @@ def fused_add(
     bias: torch.Tensor | None,
     plan: Plan,
 ) -> torch.Tensor:
-    """base + s * product (T, out), with base = x weight^T + bias where a weight is given, else `base` or 0.
+    """base + s * product (..., out), with base = x weight^T + bias where a weight is given, else `base` or 0.
 
-    x (T, in), rows of any stride; base, weight and bias of x's dtype, weight and bias frozen; A and B of any dtype.
+    x (..., in) and base (..., out) of any strides; weight and bias frozen; A and B of any dtype, the rest of x's.
     """
     A, scale = scaled_by_number(A, scale)
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:  # the latter: tracing, fake tensors
         return fused(x, A, B, base, weight, bias, float(scale), plan.layout, plan.order)[0]
-    return FusedAdd.apply(x, A, B, base, weight, bias, plan, float(scale))
+    if x.dim() == 2 or x.is_contiguous():
+        return FusedAdd.apply(x, A, B, base, weight, bias, plan, float(scale))
+    rows = x.reshape(-1, x.shape[-1])  # no copy where the rows are evenly apart, as in a slice of q, k and v
+    base = None if base is None else base.reshape(rows.shape[0], -1)
+    return FusedAdd.apply(rows, A, B, base, weight, bias, plan, float(scale)).view(*x.shape[:-1], -1)
 
 
 class FusedAdd(torch.autograd.Function):
@@ -55,23 +59,32 @@ class FusedAdd(torch.autograd.Function):
 
 
 def _forward(x, A, B, base, weight, bias, scale, plan):
-    """(y, h). The frozen layer's output is owned here, so that the product is added to it in place."""
+    """(y, h). y has its final shape from the start: nothing could work in place on a view made in an autograd node."""
     from . import triton_kernels
 
+    n_out = plan.a_out * plan.b_out
     if weight is None:
-        return triton_kernels.forward(x, A, B, base, scale, plan)
-    with no_autocast(x.device):
-        y = F.linear(x, weight, bias)
-    return y, triton_kernels.forward_(x, A, B, y, scale, plan)
+        y = x.new_empty(*x.shape[:-1], n_out)
+        base = None if base is None else base.reshape(-1, n_out)
+    else:
+        with no_autocast(x.device):
+            y = F.linear(x, weight, bias).contiguous()
+        base = y.view(-1, n_out)  # owned here, so that the product is added in place
+    return y, triton_kernels.forward(x.reshape(-1, x.shape[-1]), A, B, base, y.view(-1, n_out), scale, plan)
 
 
 def _backward(dy, x, h, A, B, weight, scale, plan, need_x, need_factors):
     """(dX, dA, dB), None for what is not needed; dX with the frozen layer's part if there is a weight."""
     from . import triton_kernels
 
-    with no_autocast(dy.device):
-        dx = dy @ weight if need_x and weight is not None else None
-    return triton_kernels.backward(dy, x, h, A, B, scale, plan, dx, need_x, need_factors)
+    dy, dx, add = dy.contiguous(), None, need_x and weight is not None
+    if add:
+        with no_autocast(dy.device):
+            dx = dy @ weight
+    elif need_x:
+        dx = dy.new_empty(x.shape)
+    rows = (t if t is None else t.reshape(-1, t.shape[-1]) for t in (dy, x, dx))
+    return dx, *triton_kernels.backward(*rows, h, A, B, scale, plan, add, need_factors)
 
 
 @torch.library.custom_op(
@@ -88,7 +101,8 @@ def fused(x, A, B, base, weight, bias, scale, layout, order):
 @fused.register_fake
 def _(x, A, B, base, weight, bias, scale, layout, order):
     plan = Plan.of(A, B, layout, order)
-    return x.new_empty(x.shape[0], plan.a_out * plan.b_out), x.new_empty(x.shape[0], plan.intermediate)
+    tokens = x.numel() // x.shape[-1]
+    return x.new_empty(*x.shape[:-1], plan.a_out * plan.b_out), x.new_empty(tokens, plan.intermediate)
 
 
 @torch.library.custom_op(

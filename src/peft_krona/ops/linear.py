@@ -63,13 +63,11 @@ def kron_linear(
         expected = (*x.shape[:-1], plan.a_out * plan.b_out)
         raise ShapeError(f"Expected base of shape {expected}, got {tuple(base.shape)}.")
     backend = choose_backend(backend, x.device, dtype)
-    out_shape = (*x.shape[:-1], plan.a_out * plan.b_out)
     with no_autocast(x.device):
-        x = _rows(x, dtype)
+        x = x if x.dtype == dtype else x.to(dtype)
         if base is not None and base.dtype != dtype:  # e.g. an fp32 residual stream over a bf16 product
-            return base + _apply(x, A, B, scale, None, None, None, plan, backend).view(out_shape).to(base.dtype)
-        base = None if base is None else base.reshape(-1, out_shape[-1])
-        return _apply(x, A, B, scale, base, None, None, plan, backend).view(out_shape)
+            return base + _apply(x, A, B, scale, None, None, None, plan, backend).to(base.dtype)
+        return _apply(x, A, B, scale, base, None, None, plan, backend)
 
 
 def linear_kron_linear(
@@ -95,11 +93,11 @@ def linear_kron_linear(
     dtype = compute_dtype(x)
     plan = _plan(x, A, B, layout, None, dtype)
     backend = choose_backend(backend, x.device, dtype)
-    if dtype != weight.dtype and autocasts(x.device):  # else F.linear itself reports a mismatch
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    with no_autocast(x.device):
-        y = _apply(_rows(x, dtype), A, B, scale, None, weight, bias, plan, backend)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    if not autocasts(x.device):  # F.linear itself reports an x and a weight of different dtypes
+        return _apply(x, A, B, scale, None, weight, bias, plan, backend)
+    with torch.autocast(x.device.type, enabled=False):
+        x, weight, bias = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (x, weight, bias))
+        return _apply(x, A, B, scale, None, weight, bias, plan, backend)
 
 
 def _plan(
@@ -156,12 +154,6 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x as (tokens, in) in `dtype`."""
-    x = x if x.dtype == dtype else x.to(dtype)
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
 def _needs_plain_ops() -> bool:
     """Under torch.compile and torch.func transforms the op is ordinary torch: they differentiate it themselves."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
@@ -178,7 +170,10 @@ def _apply(
     plan: Plan,
     backend: str,
 ) -> torch.Tensor:
-    """base + the product, base being x weight^T + bias where a weight is given. All but A and B are of one dtype."""
+    """base + the product (..., out), base being x weight^T + bias where a weight is given.
+
+    x (..., in) and base (..., out) of any strides; all but A and B of one dtype.
+    """
     if backend == "auto":
         into = "linear" if weight is not None else "base" if base is not None else "none"
         backend, plan = choose(plan, x, into, _apply)
@@ -189,6 +184,7 @@ def _apply(
         base = base if weight is None else F.linear(x, weight, bias)
         return factored(x, *prepared(A, B, scale, x.dtype), base, plan)
     A, scale = scaled_by_number(A, scale)
-    if weight is None:
-        return KronAdd.apply(x, A, B, base, plan, scale)
-    return LinearKronAdd.apply(x, A, B, weight, bias, plan, scale)
+    if weight is not None:
+        return LinearKronAdd.apply(x, A, B, weight, bias, plan, scale)
+    y = KronAdd.apply(x, A, B, base, plan, scale)
+    return y if base is not None else y.view(*x.shape[:-1], y.shape[-1])

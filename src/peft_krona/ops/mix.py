@@ -44,7 +44,7 @@ def mix(A: torch.Tensor, h: torch.Tensor, layout: str, form: str) -> torch.Tenso
 
 
 def mix_add_(y: torch.Tensor, A: torch.Tensor, h: torch.Tensor, layout: str, form: str) -> None:
-    """y (T, I u) += mix(A, h), inside the GEMM. y must be contiguous and owned by the caller."""
+    """y (..., I u) += mix(A, h), inside the GEMM. y must be contiguous and owned by the caller."""
     left, right = _operands(A, h, layout, form)
     y.view(left.shape[0], left.shape[1], right.shape[2]).baddbmm_(left, right)
 
@@ -59,12 +59,13 @@ def _operands(A: torch.Tensor, h: torch.Tensor, layout: str, form: str) -> tuple
         return _paired(A).expand(T, -1, -1), h
     if layout == "kron":
         return A.expand(T, -1, -1), h
-    return h.transpose(1, 2), A.t().expand(T, -1, -1)
+    return h.mT, A.t().expand(T, -1, -1)
 
 
 def mix_backward(dy: torch.Tensor, A: torch.Tensor, u: int, layout: str, form: str) -> torch.Tensor:
-    """The gradient (T, Q, u) of h from dy (T, I u)."""
-    (a_out, Q), T = A.shape, dy.shape[0]
+    """The gradient (T, Q, u) of h from dy (..., I u)."""
+    a_out, Q = A.shape
+    T = dy.numel() // (a_out * u)
     if form == "expanded":
         return (dy @ _expanded(A, u, layout)).view(T, Q, u)
     if form == "paired":
@@ -74,28 +75,29 @@ def mix_backward(dy: torch.Tensor, A: torch.Tensor, u: int, layout: str, form: s
 
 
 def mix_gradient(dy: torch.Tensor, h: torch.Tensor, a_out: int, layout: str, form: str) -> torch.Tensor:
-    """The gradient (I, Q) of A from dy (T, I u) and h (T, Q, u), in at least fp32."""
+    """The gradient (I, Q) of A from dy (..., I u) and h (T, Q, u), in at least fp32."""
     T, Q, u = h.shape
     if form == "expanded":  # of the large product only the blocks' diagonals belong to A
-        blocks = dy.t() @ h.view(T, Q * u)
+        blocks = dy.view(T, a_out * u).t() @ h.view(T, Q * u)
         if layout == "kron":
             diagonals = blocks.view(a_out, u, Q, u).diagonal(dim1=1, dim2=3)
         else:
             diagonals = blocks.view(u, a_out, Q, u).diagonal(dim1=0, dim2=3)
         return diagonals.sum(-1, dtype=_wide(dy.dtype))
-    return sum_over_tokens(h, _as_kron(dy, a_out, u, layout).transpose(1, 2)).t()
+    return sum_over_tokens(_as_kron(dy, a_out, u, layout), h)
 
 
 def sum_over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """sum_t a[t] @ b[t], a (T, p, q), b (T, q, s), summed over tokens and returned in at least fp32."""
-    if a.shape[1] > b.shape[2]:  # a batched GEMM with few columns takes up to three times as long on a CPU
-        return sum_over_tokens(b.transpose(1, 2), a.transpose(1, 2)).t()
-    return torch.bmm(a, b).sum(0, dtype=_wide(a.dtype))
+    """sum_t a[t] @ b[t]^T (p, s), a (T, p, q), b (T, s, q), summed over tokens and returned in at least fp32."""
+    wide = _wide(a.dtype)
+    if a.shape[1] > b.shape[1]:  # a batched GEMM with few columns takes up to three times as long on a CPU
+        return torch.bmm(b, a.mT).sum(0, dtype=wide).t()
+    return torch.bmm(a, b.mT).sum(0, dtype=wide)
 
 
 def _as_kron(dy: torch.Tensor, a_out: int, u: int, layout: str) -> torch.Tensor:
-    """(T, I u) as (T, I, u)."""
-    return dy.view(-1, a_out, u) if layout == "kron" else dy.view(-1, u, a_out).transpose(1, 2)
+    """(..., I u) as (T, I, u)."""
+    return dy.view(-1, a_out, u) if layout == "kron" else dy.view(-1, u, a_out).mT
 
 
 def _paired(A: torch.Tensor) -> torch.Tensor:

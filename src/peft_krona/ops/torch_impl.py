@@ -16,6 +16,7 @@ accumulate y and dX in place (beta = 1) instead of writing the adapter's part ou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -82,36 +83,20 @@ class Plan(NamedTuple):
         """A and B as the matrices that multiply: (I, K n), (n u, v) | (I n, K), (n v, u) | (K, n I), (u, v n)."""
         r, a_out, a_in, b_out, b_in, layout, order, _ = self
         if order == "b_first":
-            mA = A.squeeze(0) if r == 1 else A.permute(1, 2, 0).reshape(a_out, a_in * r)
-            return mA, B.reshape(r * b_out, b_in)
+            if r == 1:
+                return A.squeeze(0), B.squeeze(0)
+            return A.permute(1, 2, 0).reshape(a_out, a_in * r), B.reshape(r * b_out, b_in)
         if layout == "kron":
             return A.permute(1, 0, 2).reshape(a_out * r, a_in), B.permute(0, 2, 1).reshape(r * b_in, b_out)
         return A.permute(2, 0, 1).reshape(a_in, r * a_out), B.permute(1, 2, 0).reshape(b_out, b_in * r)
 
-    def unmatrix_A(self, dA: torch.Tensor) -> torch.Tensor:
-        """Inverse of `matrices` for A (here: for its gradient)."""
-        r, a_out, a_in, _, _, layout, order, _ = self
-        if order == "b_first":
-            return dA.unsqueeze(0) if r == 1 else dA.reshape(a_out, a_in, r).permute(2, 0, 1)
-        return (
-            dA.view(a_out, r, a_in).permute(1, 0, 2) if layout == "kron" else dA.view(a_in, r, a_out).permute(1, 2, 0)
-        )
-
-    def unmatrix_B(self, dB: torch.Tensor) -> torch.Tensor:
-        """Inverse of `matrices` for B."""
-        r, _, _, b_out, b_in, layout, order, _ = self
-        if order == "b_first":
-            return dB.view(r, b_out, b_in)
-        return (
-            dB.view(r, b_in, b_out).permute(0, 2, 1) if layout == "kron" else dB.view(b_out, b_in, r).permute(2, 0, 1)
-        )
-
     def first(self, x: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor) -> torch.Tensor:
-        """x (T, in) -> the intermediate: U (T, K n, u) for b_first, V (T, I n, v) or (T, v n, I) for a_first."""
+        """x (..., in) -> the intermediate: U (T, K n, u) for b_first, V (T, I n, v) or (T, v n, I) for a_first."""
         r, a_out, a_in, b_out, b_in, layout, order, _ = self
-        T = x.shape[0]
+        T = x.numel() // (a_in * b_in)
         if order == "b_first":
-            return (x.view(T * a_in, b_in) @ mB.t()).view(T, a_in * r, b_out)
+            h = F.linear(x.view(T, a_in, b_in), mB)
+            return h if r == 1 else h.view(T, a_in * r, b_out)
         X = x.view(T, a_in, b_in)
         if layout == "kron":
             return torch.bmm(mA.expand(T, -1, -1), X)
@@ -130,7 +115,7 @@ class Plan(NamedTuple):
         return y.reshape(T, a_out * b_out)
 
     def second_add_(self, y: torch.Tensor, h: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor) -> None:
-        """y (T, out) += second(h), inside the GEMM. y must be contiguous and owned by the caller."""
+        """y (..., out) += second(h), inside the GEMM. y must be contiguous and owned by the caller."""
         r, a_out, _, b_out, b_in, layout, order, form = self
         T = h.shape[0]
         if order == "b_first":
@@ -140,43 +125,6 @@ class Plan(NamedTuple):
         else:
             y.view(T, b_out, a_out).baddbmm_(mB.expand(T, -1, -1), h)
 
-    def second_backward(
-        self, dy: torch.Tensor, h: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(gradient of the intermediate, gradient of the matrix that `second` multiplied with)."""
-        r, a_out, _, b_out, b_in, layout, order, form = self
-        T = h.shape[0]
-        if order == "b_first":
-            return mix_backward(dy, mA, b_out, layout, form), mix_gradient(dy, h, a_out, layout, form)
-        if layout == "kron":
-            g = dy.view(T * a_out, b_out)
-            return (g @ mB.t()).view(T, a_out * r, b_in), h.view(T * a_out, r * b_in).t() @ g
-        g = dy.view(T, b_out, a_out)
-        return torch.bmm(mB.t().expand(T, -1, -1), g), sum_over_tokens(g, h.transpose(1, 2))
-
-    def first_backward_B(self, dh: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Gradient of the matrix that `first` multiplied with: mB for b_first, mA for a_first."""
-        r, a_out, a_in, b_out, b_in, layout, order, _ = self
-        T = x.shape[0]
-        if order == "b_first":
-            return dh.view(T * a_in, r * b_out).t() @ x.view(T * a_in, b_in)
-        X = x.view(T, a_in, b_in)
-        if layout == "kron":
-            return sum_over_tokens(dh, X.transpose(1, 2))
-        return sum_over_tokens(X, dh.view(T, b_in, r * a_out))
-
-    def first_backward_x(self, dh: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor) -> torch.Tensor:
-        """dX (T, in), as a new tensor."""
-        r, a_out, a_in, b_out, b_in, layout, order, _ = self
-        T = dh.shape[0]
-        if order == "b_first":
-            dx = dh.view(T * a_in, r * b_out) @ mB
-        elif layout == "kron":
-            dx = torch.bmm(mA.t().expand(T, -1, -1), dh)
-        else:
-            dx = torch.bmm(mA.expand(T, -1, -1), dh.view(T, b_in, r * a_out).transpose(1, 2))
-        return dx.view(T, a_in * b_in)
-
     def backward(
         self,
         dy: torch.Tensor,
@@ -184,20 +132,60 @@ class Plan(NamedTuple):
         h: torch.Tensor,
         mA: torch.Tensor,
         mB: torch.Tensor,
-        needs: tuple[bool, bool, bool],
+        needs: Sequence[bool],
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """(dX, dA, dB) from dy (T, out), x (T, in) and the intermediate, each only if `needs` says so."""
-        need_x, need_A, need_B = needs
-        dh, d_second = self.second_backward(dy, h, mA, mB)
-        d_first = None
-        if need_B if self.order == "b_first" else need_A:
-            d_first = self.first_backward_B(dh, x)
-        dmA, dmB = (d_second, d_first) if self.order == "b_first" else (d_first, d_second)
-        return (
-            self.first_backward_x(dh, mA, mB) if need_x else None,
-            self.unmatrix_A(dmA) if need_A and dmA is not None else None,
-            self.unmatrix_B(dmB) if need_B and dmB is not None else None,
-        )
+        """(dX (T, in), dA, dB) from dy (..., out), x (..., in) and the intermediate, each only if `needs` says so.
+
+        dA and dB are of A's and B's shape and contiguous, as DistributedDataParallel wants them.
+        """
+        of_order = self._backward_b_first if self.order == "b_first" else self._backward_a_first
+        return of_order(dy, x, h, mA, mB, *needs[:3])
+
+    def _backward_b_first(self, dy, x, U, mA, mB, need_x, need_A, need_B):
+        r, a_out, a_in, b_out, b_in, layout, _, form = self
+        T = U.shape[0]
+        dX = dA = dB = None
+        if need_A:
+            dA = mix_gradient(dy, U, a_out, layout, form)
+            if r == 1:
+                dA = dA.contiguous().view(1, a_out, a_in)
+            else:
+                dA = dA.reshape(a_out, a_in, r).permute(2, 0, 1).contiguous()
+        if need_x or need_B:
+            dU = mix_backward(dy, mA, b_out, layout, form).view(T * a_in, r * b_out)
+            if need_B:
+                dB = torch.mm(dU.t(), x.view(T * a_in, b_in)).view(r, b_out, b_in)
+            if need_x:
+                dX = torch.mm(dU, mB).view(T, a_in * b_in)
+        return dX, dA, dB
+
+    def _backward_a_first(self, dy, x, V, mA, mB, need_x, need_A, need_B):
+        r, a_out, a_in, b_out, b_in, layout, _, _ = self
+        T = V.shape[0]
+        X = x.view(T, a_in, b_in)
+        dX = dA = dB = None
+        if layout == "kron":
+            g = dy.view(T * a_out, b_out)
+            if need_B:
+                dB = torch.mm(V.view(T * a_out, r * b_in).t(), g)
+                dB = dB.view(r, b_in, b_out).mT.contiguous()
+            if need_x or need_A:
+                dV = torch.mm(g, mB.t()).view(T, a_out * r, b_in)
+                if need_A:
+                    dA = sum_over_tokens(dV, X).reshape(a_out, r, a_in).transpose(0, 1).contiguous()
+                if need_x:
+                    dX = torch.bmm(mA.t().expand(T, -1, -1), dV).view(T, a_in * b_in)
+            return dX, dA, dB
+        g = dy.view(T, b_out, a_out)
+        if need_B:
+            dB = sum_over_tokens(g, V).reshape(b_out, b_in, r).permute(2, 0, 1).contiguous()
+        if need_x or need_A:
+            dV = torch.bmm(mB.t().expand(T, -1, -1), g).view(T, b_in, r * a_out)
+            if need_A:
+                dA = sum_over_tokens(X, dV.mT).reshape(a_in, r, a_out).permute(1, 2, 0).contiguous()
+            if need_x:
+                dX = torch.bmm(mA.expand(T, -1, -1), dV.mT).view(T, a_in * b_in)
+        return dX, dA, dB
 
 
 def prepared(
@@ -215,80 +203,90 @@ def scaled_by_number(A: torch.Tensor, scale: float | torch.Tensor) -> tuple[torc
 
 
 def factored(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tensor | None, plan: Plan) -> torch.Tensor:
-    """base + the product, as ordinary torch ops. x (T, in), base (T, out) or None; all of one dtype."""
+    """base + the product (..., out), as ordinary torch ops. x (..., in), base (..., out) or None; all of one dtype."""
     mA, mB = plan.matrices(A, B)
-    y = plan.second(plan.first(x, mA, mB), mA, mB)
+    y = plan.second(plan.first(x, mA, mB), mA, mB).view(*x.shape[:-1], plan.a_out * plan.b_out)
     return y if base is None else base + y
 
 
 class KronAdd(torch.autograd.Function):
-    """base + the product as one autograd node. x (T, in) contiguous, base (T, out) or None, both of one dtype.
+    """base + the product (..., out) as one autograd node. x (..., in) contiguous, base (..., out), of one dtype.
 
-    Scaling the factors by `scale` (a number) and casting them to x's dtype is part of the node.
+    Scaling the factors by `scale` (a number) and casting them to x's dtype is part of the node. Without base, y is
+    (T, out): were it a view made in here, nothing could work on it in place.
     """
 
     @staticmethod
     def forward(ctx, x, A, B, base, plan: Plan, scale: float):
-        mA, mB = plan.matrices(*prepared(A, B, scale, x.dtype))
+        mine = prepared(A, B, scale, x.dtype)
+        mA, mB = plan.matrices(*mine)
         h = plan.first(x, mA, mB)
         if base is None:
             y = plan.second(h, mA, mB)
         else:
             y = base.clone(memory_format=torch.contiguous_format)
             plan.second_add_(y, h, mA, mB)
-        ctx.save_for_backward(x, A, B, mA, mB, h)
-        ctx.plan, ctx.scale = plan, scale
+        _save(ctx, x, A, B, h, mine, None, plan, scale)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        with no_autocast(dy.device):
-            dX, dA, dB = _backward(ctx, dy.contiguous(), *ctx.saved_tensors)
-        return dX, dA, dB, dy if ctx.needs_input_grad[3] else None, None, None
+        return *_backward(ctx, dy), dy if ctx.needs_input_grad[3] else None, None, None
 
 
 class LinearKronAdd(torch.autograd.Function):
-    """x W^T + bias + the product as one autograd node, for a frozen W and bias of x's dtype.
+    """x W^T + bias + the product (..., out) as one autograd node, for a frozen W and bias of x's dtype.
 
     The base's GEMM and the adapter's share one accumulator: y forward, dX backward. The rest as in `KronAdd`.
     """
 
     @staticmethod
     def forward(ctx, x, A, B, weight, bias, plan: Plan, scale: float):
-        mA, mB = plan.matrices(*prepared(A, B, scale, x.dtype))
+        mine = prepared(A, B, scale, x.dtype)
+        mA, mB = plan.matrices(*mine)
         y = F.linear(x, weight, bias)
         h = plan.first(x, mA, mB)
         plan.second_add_(y, h, mA, mB)
-        ctx.save_for_backward(x, A, B, mA, mB, h, weight)
-        ctx.plan, ctx.scale = plan, scale
+        _save(ctx, x, A, B, h, mine, weight, plan, scale)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        *saved, weight = ctx.saved_tensors
-        with no_autocast(dy.device):
-            dy = dy.contiguous()
-            dX, dA, dB = _backward(ctx, dy, *saved)
-            if dX is not None:  # the base's large GEMM reads dX as it goes: quicker than adding the adapter's part last
-                dX.addmm_(dy, weight)
-        return dX, dA, dB, None, None, None, None
+        return *_backward(ctx, dy), None, None, None, None
 
 
-def _backward(ctx, dy, x, A, B, mA, mB, h):
-    """(dX of the product, dA, dB) of a node that saved these."""
-    plan, scale = ctx.plan, ctx.scale
+def _save(ctx, x, A, B, h, mine, weight, plan: Plan, scale: float) -> None:
+    """What `_backward` takes. Factors that were neither scaled nor cast are not saved twice."""
+    sA, sB = mine
+    ctx.save_for_backward(x, A, B, h, None if sA is A else sA, None if sB is B else sB, weight)
+    ctx.plan, ctx.scale = plan, scale
+
+
+def _backward(ctx, dy):
+    """(dX, dA, dB); dX with the frozen layer's part where there is one."""
+    if autocasts(dy.device):
+        with torch.autocast(dy.device.type, enabled=False):
+            return _backward(ctx, dy)
+    x, A, B, h, sA, sB, weight = ctx.saved_tensors
+    plan, scale, dy = ctx.plan, ctx.scale, dy.contiguous()
     if torch.is_grad_enabled():  # create_graph=True: what was computed without a graph must become part of one
         mA, mB = plan.matrices(*prepared(A, B, scale, x.dtype))
         h = plan.first(x, mA, mB)
-    dX, dA, dB = plan.backward(dy, x, h, mA, mB, ctx.needs_input_grad[:3])
-    if dA is not None and scale != 1:
-        dA = dA * scale
-    return dX, cast(dA, A.dtype), cast(dB, B.dtype)
-
-
-def cast(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """A gradient in its leaf's dtype and, as DistributedDataParallel wants it, in its leaf's strides."""
-    return None if gradient is None else gradient.to(dtype).contiguous()
+    else:
+        mA, mB = plan.matrices(A if sA is None else sA, B if sB is None else sB)
+    dX, dA, dB = plan.backward(dy, x, h, mA, mB, ctx.needs_input_grad)
+    if dX is not None:
+        if weight is not None:  # the large GEMM reads dX as it goes: quicker than adding the adapter's part last
+            dX.addmm_(dy.view(-1, dy.shape[-1]), weight)
+        dX = dX.view(x.shape)
+    if dA is not None:
+        if scale != 1:
+            dA = dA * scale
+        if dA.dtype != A.dtype:
+            dA = dA.to(A.dtype)
+    if dB is not None and dB.dtype != B.dtype:
+        dB = dB.to(B.dtype)
+    return dX, dA, dB
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
@@ -298,4 +296,5 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for tensors of this device; a meta device, for one, has none and raises if asked."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)

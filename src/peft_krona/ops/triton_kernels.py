@@ -347,26 +347,6 @@ def sizes(plan: Plan, itemsize: int) -> Sizes:
 
 
 def forward(
-    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tensor | None, scale: float, plan: Plan
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, h): y = base + the product as a new (T, out) tensor, and the intermediate for `backward`.
-
-    Args:
-        x: (T, in), rows of any stride. base: (T, out) of x's dtype, or None.
-        A: (r, a_out, a_in), B: (r, b_out, b_in), of any floating dtype: s A and B are rounded to x's.
-    """
-    y = x.new_empty(x.shape[0], plan.a_out * plan.b_out)
-    return y, _forward(x, A, B, None if base is None else _rows(base), y, scale, plan)
-
-
-def forward_(
-    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, y: torch.Tensor, scale: float, plan: Plan
-) -> torch.Tensor:
-    """y (T, out) += the product, in place; returns h. y must be contiguous and owned by the caller."""
-    return _forward(x, A, B, y, y, scale, plan)
-
-
-def _forward(
     x: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
@@ -375,7 +355,14 @@ def _forward(
     scale: float,
     plan: Plan,
 ) -> torch.Tensor:
-    x, T = _rows(x), x.shape[0]
+    """y = base + the product; returns the intermediate for `backward`.
+
+    Args:
+        x: (T, in), rows of any stride. base: (T, out), rows of any stride; may be y, or None.
+        A: (r, a_out, a_in), B: (r, b_out, b_in), of any floating dtype: s A and B are rounded to x's.
+        y: (T, out), contiguous, of x's dtype, to write to.
+    """
+    x, base, T = _rows(x), None if base is None else _rows(base), x.shape[0]
     h = x.new_empty(T, plan.intermediate)
     if T:
         z = sizes(plan, x.element_size())
@@ -392,26 +379,25 @@ def _forward(
 def backward(
     dy: torch.Tensor,
     x: torch.Tensor,
+    dx: torch.Tensor | None,
     h: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
     scale: float,
     plan: Plan,
-    dx: torch.Tensor | None = None,
-    need_x: bool = True,
-    need_factors: bool = True,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(dX, dA, dB) from dy (T, out), x and h of `forward`, in the dtypes of x, A and B; None for what is not needed.
+    add: bool,
+    need_factors: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dX into dx; returns (dA, dB) in the dtypes of A and B, None for both if they are not needed.
 
     Args:
-        dx: (T, in), contiguous and owned by the caller: dX is added to it in place. None makes a new one.
+        dy: (T, out), contiguous. x, h: as in `forward`.
+        dx: (T, in), contiguous, to write to, or with `add` to add to. None if dX is not needed.
     """
-    x, dy, T = _rows(x), dy.contiguous(), x.shape[0]
+    x, T = _rows(x), x.shape[0]
     z = sizes(plan, x.element_size())
     chunk = _chunk(T, BACKWARD_PROGRAMS, BACKWARD_CHUNK, z.BT)
-    programs, add = triton.cdiv(T, chunk), dx is not None
-    if need_x and dx is None:
-        dx = x.new_empty(x.shape)
+    programs, need_x = triton.cdiv(T, chunk), dx is not None
     N_A, N_B = A.numel(), B.numel()
     parts = x.new_empty(programs if need_factors else 0, N_A + N_B, dtype=torch.float32)
     dA = dB = None
@@ -425,7 +411,7 @@ def backward(
             dA, dB = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (A, B))
             rows, columns = SUM_TILE
             sum_kernel[(triton.cdiv(N_A + N_B, columns),)](parts, dA, dB, programs, scale, N_A, N_B, rows, columns)
-    return dx, dA, dB
+    return dA, dB
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

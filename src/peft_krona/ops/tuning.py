@@ -47,18 +47,18 @@ def choose(plan: Plan, x: torch.Tensor, into: str, run: Run) -> tuple[str, Plan]
     """The backend, "torch" or "triton", and the plan in the form to take. Measures where it may and has to.
 
     Args:
-        x: (T, in) in the compute dtype.
+        x: (..., in) in the compute dtype.
         into: what the product is added to: "linear" (a frozen layer's GEMM), "base" (a tensor) or "none".
         run: the op.
     """
-    name = ""
-    if not _may_measure(x) or not x.shape[0]:
+    name, T = "", x.numel() // x.shape[-1]
+    if not _may_measure(x) or not T:
         sizes = [operator.index(size) for size in plan[:5]]  # constants in a graph, also where shapes are dynamic
         for tokens, name in _recorded(x.device, x.dtype, into, *sizes, *plan[5:]):  # noqa: B007
-            if x.shape[0] <= tokens:  # the next larger number that was measured, or the largest. T may be symbolic
+            if T <= tokens:  # the next larger number that was measured, or the largest. T may be symbolic
                 break
     else:
-        tokens = min(1 << (x.shape[0] - 1).bit_length(), MOST_TOKENS)
+        tokens = min(1 << (T - 1).bit_length(), MOST_TOKENS)
         key = (plan, tokens, into, x.dtype, x.device, torch.get_num_threads())
         if key not in _choices:
             _choices[key] = _measured(plan, tokens, x.device, x.dtype, into, run)
