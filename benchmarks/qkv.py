@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft_krona.ops import linear_kron_linear
-from peft_krona.ops.mix import mix_add_, mix_backward, mix_gradient
+from peft_krona.ops.mix import mix_add_, mix_backward
 from peft_krona.ops.torch_impl import Plan
 
 from . import cases
@@ -68,8 +68,11 @@ class _Joint(torch.autograd.Function):
         x, B, *rest = ctx.saved_tensors
         As, hs, plan = rest[:3], rest[3:], ctx.plan
         T, u = x.shape[0], plan.b_out
-        dh = torch.cat([mix_backward(dy, A, u, plan.layout, plan.form) for dy, A in zip(dys, As, strict=True)], 2)
-        dAs = [mix_gradient(dy, h, plan.a_out, plan.layout, plan.form) for dy, h in zip(dys, hs, strict=True)]
+        backward = [
+            mix_backward(dy, A, h, plan.layout, plan.form, True, True) for dy, A, h in zip(dys, As, hs, strict=True)
+        ]
+        dhs, dAs = zip(*backward, strict=True)
+        dh = torch.cat(dhs, 2)
         rows = dh.view(T * plan.a_in, 3 * u)
         dB = rows.t() @ x.view(T * plan.a_in, plan.b_in)
         dx = (rows @ B).view(x.shape)

@@ -62,29 +62,33 @@ def _operands(A: torch.Tensor, h: torch.Tensor, layout: str, form: str) -> tuple
     return h.mT, A.t().expand(T, -1, -1)
 
 
-def mix_backward(dy: torch.Tensor, A: torch.Tensor, u: int, layout: str, form: str) -> torch.Tensor:
-    """The gradient (T, Q, u) of h from dy (..., I u)."""
-    a_out, Q = A.shape
-    T = dy.numel() // (a_out * u)
+def mix_backward(
+    dy: torch.Tensor, A: torch.Tensor, h: torch.Tensor, layout: str, form: str, need_h: bool, need_A: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients (T, Q, u) of h and (I, Q) of A, the latter in at least fp32, each if needed, from dy (..., I u)."""
+    (T, Q, u), a_out = h.shape, len(A)
+    dh = dA = None
     if form == "expanded":
-        return (dy @ _expanded(A, u, layout)).view(T, Q, u)
-    if form == "paired":
-        blocks = torch.bmm(_paired(A).t().expand(T, -1, -1), dy.view(T, a_out // 2, 2 * u)).view(T, Q, 2, 2 * u)
-        return blocks[:, :, 0, :u] + blocks[:, :, 1, u:]
-    return torch.bmm(A.t().expand(T, -1, -1), _as_kron(dy, a_out, u, layout))
-
-
-def mix_gradient(dy: torch.Tensor, h: torch.Tensor, a_out: int, layout: str, form: str) -> torch.Tensor:
-    """The gradient (I, Q) of A from dy (..., I u) and h (T, Q, u), in at least fp32."""
-    T, Q, u = h.shape
-    if form == "expanded":  # of the large product only the blocks' diagonals belong to A
-        blocks = dy.view(T, a_out * u).t() @ h.view(T, Q * u)
-        if layout == "kron":
-            diagonals = blocks.view(a_out, u, Q, u).diagonal(dim1=1, dim2=3)
-        else:
-            diagonals = blocks.view(u, a_out, Q, u).diagonal(dim1=0, dim2=3)
-        return diagonals.sum(-1, dtype=_wide(dy.dtype))
-    return sum_over_tokens(_as_kron(dy, a_out, u, layout), h)
+        dy = dy.view(T, a_out * u)
+        if need_h:
+            dh = (dy @ _expanded(A, u, layout)).view(T, Q, u)
+        if need_A:  # of this large product only the blocks' diagonals belong to A
+            blocks = dy.t() @ h.view(T, Q * u)
+            if layout == "kron":
+                diagonals = blocks.view(a_out, u, Q, u).diagonal(dim1=1, dim2=3)
+            else:
+                diagonals = blocks.view(u, a_out, Q, u).diagonal(dim1=0, dim2=3)
+            dA = diagonals.sum(-1, dtype=_wide(dy.dtype))
+        return dh, dA
+    g = dy.view(T, a_out, u) if layout == "kron" else dy.view(T, u, a_out).mT
+    if need_A:
+        dA = sum_over_tokens(g, h)
+    if need_h and form == "paired":
+        blocks = torch.bmm(_paired(A).t().expand(T, -1, -1), g.view(T, a_out // 2, 2 * u)).view(T, Q, 2, 2 * u)
+        dh = blocks[:, :, 0, :u] + blocks[:, :, 1, u:]
+    elif need_h:
+        dh = torch.bmm(A.t().expand(T, -1, -1), g)
+    return dh, dA
 
 
 def sum_over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -93,11 +97,6 @@ def sum_over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.shape[1] > b.shape[1]:  # a batched GEMM with few columns takes up to three times as long on a CPU
         return torch.bmm(b, a.mT).sum(0, dtype=wide).t()
     return torch.bmm(a, b.mT).sum(0, dtype=wide)
-
-
-def _as_kron(dy: torch.Tensor, a_out: int, u: int, layout: str) -> torch.Tensor:
-    """(..., I u) as (T, I, u)."""
-    return dy.view(-1, a_out, u) if layout == "kron" else dy.view(-1, u, a_out).mT
 
 
 def _paired(A: torch.Tensor) -> torch.Tensor:

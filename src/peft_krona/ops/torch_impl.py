@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from ..factors import cheaper_order
-from .mix import MANY, default_form, mix, mix_add_, mix_backward, mix_gradient, sum_over_tokens
+from .mix import MANY, default_form, mix, mix_add_, mix_backward, sum_over_tokens
 
 
 class Plan(NamedTuple):
@@ -143,20 +143,19 @@ class Plan(NamedTuple):
 
     def _backward_b_first(self, dy, x, U, mA, mB, need_x, need_A, need_B):
         r, a_out, a_in, b_out, b_in, layout, _, form = self
-        T = U.shape[0]
-        dX = dA = dB = None
-        if need_A:
-            dA = mix_gradient(dy, U, a_out, layout, form)
-            if r == 1:
-                dA = dA.contiguous().view(1, a_out, a_in)
-            else:
-                dA = dA.reshape(a_out, a_in, r).permute(2, 0, 1).contiguous()
-        if need_x or need_B:
-            dU = mix_backward(dy, mA, b_out, layout, form).view(T * a_in, r * b_out)
+        dU, dA = mix_backward(dy, mA, U, layout, form, need_x or need_B, need_A)
+        dX = dB = None
+        if dA is not None:
+            if r > 1:
+                dA = dA.reshape(a_out, a_in, r).permute(2, 0, 1)
+            dA = dA.contiguous().view(r, a_out, a_in)
+        if dU is not None:
+            rows = len(U) * a_in
+            dU = dU.view(rows, r * b_out)
             if need_B:
-                dB = torch.mm(dU.t(), x.view(T * a_in, b_in)).view(r, b_out, b_in)
+                dB = torch.mm(dU.t(), x.view(rows, b_in)).view(r, b_out, b_in)
             if need_x:
-                dX = torch.mm(dU, mB).view(T, a_in * b_in)
+                dX = torch.mm(dU, mB).view(-1, a_in * b_in)
         return dX, dA, dB
 
     def _backward_a_first(self, dy, x, V, mA, mB, need_x, need_A, need_B):
@@ -277,8 +276,9 @@ def _backward(ctx, dy):
     dX, dA, dB = plan.backward(dy, x, h, mA, mB, ctx.needs_input_grad)
     if dX is not None:
         if weight is not None:  # the large GEMM reads dX as it goes: quicker than adding the adapter's part last
-            dX.addmm_(dy.view(-1, dy.shape[-1]), weight)
-        dX = dX.view(x.shape)
+            dX.addmm_(dy if dy.dim() == 2 else dy.view(-1, dy.shape[-1]), weight)
+        if x.dim() != 2:
+            dX = dX.view(x.shape)
     if dA is not None:
         if scale != 1:
             dA = dA * scale
