@@ -57,7 +57,7 @@ class _Joint(torch.autograd.Function):
         ys, hs = [], h.split(u, 2)
         for A, part, weight, bias in zip(As, hs, weights, biases, strict=True):
             y = F.linear(x, weight, bias)
-            mix_add_(y, A, part, plan.layout, plan.form)
+            mix_add_(y, A, part, 1, plan.layout, plan.form)
             ys.append(y)
         ctx.save_for_backward(x, B, *As, *(part.contiguous() for part in hs))
         ctx.plan, ctx.weights = plan, weights
@@ -69,7 +69,7 @@ class _Joint(torch.autograd.Function):
         As, hs, plan = rest[:3], rest[3:], ctx.plan
         T, u = x.shape[0], plan.b_out
         backward = [
-            mix_backward(dy, A, h, plan.layout, plan.form, True, True) for dy, A, h in zip(dys, As, hs, strict=True)
+            mix_backward(dy, A, h, True, True, plan.layout, plan.form) for dy, A, h in zip(dys, As, hs, strict=True)
         ]
         dhs, dAs = zip(*backward, strict=True)
         dh = torch.cat(dhs, 2)

@@ -115,6 +115,24 @@ def test_linear_kron_linear_gradcheck(layout, factors):
     assert torch.autograd.gradgradcheck(op, (x, A, B))
 
 
+@pytest.mark.parametrize("into", ["none", "base", "linear"])
+@pytest.mark.parametrize("lead", [(5,), (2, 5), ()], ids=str)
+def test_the_output_may_be_changed_in_place(lead, into):
+    """As nn.ReLU(inplace=True) does after a layer: autograd forbids it for a view that was made inside a node."""
+    x, A, B, base = (t.requires_grad_() for t in make(lead, 1, 4, 3, 2, 6))
+    W = torch.randn(8, 18, dtype=torch.float64)
+
+    def op():
+        if into == "linear":
+            return linear_kron_linear(x, W, None, A, B)
+        return kron_linear(x, A, B, base=base if into == "base" else None)
+
+    leaves = (x, A, B)
+    want = torch.autograd.grad(op().relu().square().sum(), leaves)
+    got = torch.autograd.grad(op().relu_().square().sum(), leaves)
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("factor_dtype", [torch.float32, None], ids=["fp32_factors", "same_dtype_factors"])
 @pytest.mark.parametrize("layout,order", itertools.product(LAYOUTS, ORDERS))

@@ -198,6 +198,26 @@ def test_the_eager_node_is_the_op(order):
 
 
 @runs_kernels
+@pytest.mark.parametrize("into", ["none", "base", "linear"])
+@pytest.mark.parametrize("strided", [False, True])
+def test_more_dimensions_and_changes_in_place(strided, into):
+    """Slices of a wider tensor, as of q, k and v in one, are read where they are."""
+    x, A, B, base = on_device(make((2, 5), 1, 4, 3, 2, 6), torch.float32)
+    if strided:
+        x, base = torch.cat([x, x], 2)[..., : x.shape[2]], torch.cat([base, base], 2)[..., : base.shape[2]]
+    W, leaves = torch.randn(8, 18, device=DEVICE), [t.requires_grad_() for t in (x, A, B)]
+    results = {}
+    for name in ("triton", "torch"):
+        if into == "linear":
+            y = linear_kron_linear(x, W, None, A, B, backend=name)
+        else:
+            y = kron_linear(x, A, B, base=base if into == "base" else None, backend=name)
+        results[name] = torch.autograd.grad(y.relu_().square().sum(), leaves)
+    assert y.shape == (2, 5, 8)
+    torch.testing.assert_close(results["triton"], results["torch"], rtol=1e-5, atol=1e-4)
+
+
+@runs_kernels
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float64, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("order", ORDERS)
 def test_factors_of_other_dtypes_and_strides(order, dtypes):

@@ -105,10 +105,10 @@ def _plan(
 ) -> Plan:
     """The plan for these tensors, after checking that they fit."""
     if torch.compiler.is_compiling():  # a graph shall serve any number of tokens
-        many, make = True, _checked_plan.__wrapped__
+        many, make = True, _check_plan
     else:
         many = x.numel() >= MANY * x.shape[-1] if x.dim() else False
-        make = _checked_plan if type(A) in _REAL and type(B) in _REAL else _checked_plan.__wrapped__
+        make = _checked_plan if type(A) in _REAL and type(B) in _REAL else _check_plan
     plan = make(A.shape, B.shape, layout, order, A.device.type, dtype, many)
     if not x.dim() or x.shape[-1] != plan.a_in * plan.b_in:
         raise ShapeError(
@@ -121,8 +121,7 @@ def _plan(
 _REAL = (torch.Tensor, torch.nn.Parameter)  # others, such as fake tensors, may have symbols for sizes
 
 
-@functools.lru_cache(maxsize=4096)  # asked for in every call, and a model has few shapes
-def _checked_plan(
+def _check_plan(
     A: tuple[int, ...],
     B: tuple[int, ...],
     layout: str,
@@ -145,6 +144,9 @@ def _checked_plan(
             f"Expected A (r, a_out, a_in) and B (r, b_out, b_in) with one r >= 1, got A {tuple(A)} and B {tuple(B)}."
         )
     return Plan.of_shapes(A, B, layout, order, None, device, dtype, MANY if many else 0)
+
+
+_checked_plan = functools.lru_cache(maxsize=4096)(_check_plan)  # asked for in every call, and a model has few shapes
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -186,5 +188,4 @@ def _apply(
     A, scale = scaled_by_number(A, scale)
     if weight is not None:
         return LinearKronAdd.apply(x, A, B, weight, bias, plan, scale)
-    y = KronAdd.apply(x, A, B, base, plan, scale)
-    return y if base is not None else y.view(*x.shape[:-1], y.shape[-1])
+    return KronAdd.apply(x, A, B, base, plan, scale)

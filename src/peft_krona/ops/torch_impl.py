@@ -114,16 +114,16 @@ class Plan(NamedTuple):
             y = torch.bmm(mB.expand(T, -1, -1), h)
         return y.reshape(T, a_out * b_out)
 
-    def second_add_(self, y: torch.Tensor, h: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor) -> None:
-        """y (..., out) += second(h), inside the GEMM. y must be contiguous and owned by the caller."""
+    def second_add_(self, y: torch.Tensor, h: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor, beta: int = 1) -> None:
+        """y (..., out) = beta y + second(h), inside the GEMM. y must be contiguous and owned by the caller."""
         r, a_out, _, b_out, b_in, layout, order, form = self
         T = h.shape[0]
         if order == "b_first":
-            mix_add_(y, mA, h, layout, form)
+            mix_add_(y, mA, h, beta, layout, form)
         elif layout == "kron":
-            y.view(T * a_out, b_out).addmm_(h.view(T * a_out, r * b_in), mB)
+            y.view(T * a_out, b_out).addmm_(h.view(T * a_out, r * b_in), mB, beta=beta)
         else:
-            y.view(T, b_out, a_out).baddbmm_(mB.expand(T, -1, -1), h)
+            y.view(T, b_out, a_out).baddbmm_(mB.expand(T, -1, -1), h, beta=beta)
 
     def backward(
         self,
@@ -143,7 +143,7 @@ class Plan(NamedTuple):
 
     def _backward_b_first(self, dy, x, U, mA, mB, need_x, need_A, need_B):
         r, a_out, a_in, b_out, b_in, layout, _, form = self
-        dU, dA = mix_backward(dy, mA, U, layout, form, need_x or need_B, need_A)
+        dU, dA = mix_backward(dy, mA, U, need_x or need_B, need_A, layout, form)
         dX = dB = None
         if dA is not None:
             if r > 1:
@@ -211,8 +211,7 @@ def factored(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tens
 class KronAdd(torch.autograd.Function):
     """base + the product (..., out) as one autograd node. x (..., in) contiguous, base (..., out), of one dtype.
 
-    Scaling the factors by `scale` (a number) and casting them to x's dtype is part of the node. Without base, y is
-    (T, out): were it a view made in here, nothing could work on it in place.
+    Scaling the factors by `scale` (a number) and casting them to x's dtype is part of the node.
     """
 
     @staticmethod
@@ -220,11 +219,12 @@ class KronAdd(torch.autograd.Function):
         mine = prepared(A, B, scale, x.dtype)
         mA, mB = plan.matrices(*mine)
         h = plan.first(x, mA, mB)
+        # y has its final shape from the start: nothing could work in place on a view that was made in here.
         if base is None:
-            y = plan.second(h, mA, mB)
+            y = x.new_empty(*x.shape[:-1], plan.a_out * plan.b_out)
         else:
             y = base.clone(memory_format=torch.contiguous_format)
-            plan.second_add_(y, h, mA, mB)
+        plan.second_add_(y, h, mA, mB, beta=0 if base is None else 1)
         _save(ctx, x, A, B, h, mine, None, plan, scale)
         return y
 
