@@ -414,14 +414,14 @@ def small():
 @pytest.mark.parametrize(
     "state,dtype,message",
     [
-        ({"_HAS_TRITON": False}, torch.float32, r"backend='triton' was asked for, but the package triton is not inst"),
+        ({"_TRITON": None}, torch.float32, r"backend='triton' was asked for, but the package triton is not inst"),
         (
-            {"_HAS_TRITON": True, "_triton_version": lambda: (3, 0)},
+            {"_TRITON": (3, 0)},
             torch.float32,
             r"the kernels need triton 3.4 or newer, and 3.0 is installed",
         ),
-        ({"_HAS_TRITON": True}, torch.float64, r"compute in torch.float32, .*, not in torch.float64"),
-        ({"_HAS_TRITON": True, "_INTERPRETED": False}, torch.float32, r"on 'cpu' and the kernels need a CUDA device"),
+        ({"_TRITON": (3, 9)}, torch.float64, r"compute in torch.float32, .*, not in torch.float64"),
+        ({"_TRITON": (3, 9), "_INTERPRETED": False}, torch.float32, r"on 'cpu' and the kernels need a CUDA device"),
     ],
 )
 def test_what_cannot_run_says_why(monkeypatch, state, dtype, message):
@@ -432,7 +432,7 @@ def test_what_cannot_run_says_why(monkeypatch, state, dtype, message):
 
 
 def test_the_environment_chooses_and_the_argument_overrides(monkeypatch):
-    monkeypatch.setattr(backend, "_HAS_TRITON", False)
+    monkeypatch.setattr(backend, "_TRITON", None)
     monkeypatch.setattr(backend, "DEFAULT", "triton")
     with pytest.raises(BackendError, match="PEFT_KRONA_BACKEND=triton was asked for, but"):
         kron_linear(*small())

@@ -17,7 +17,6 @@ BACKENDS = ("torch", "triton", "auto")
 # "torch" also on GPUs: the Triton kernels have not been timed on one yet (docs/performance.md).
 DEFAULT = os.environ.get("PEFT_KRONA_BACKEND") or "torch"
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 OLDEST_TRITON = (3, 4)  # 3.0's interpreter does not run the kernels; versions between were not tried
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,12 +24,16 @@ _announced: set[str] = set()
 logger = logging.getLogger(__name__)
 
 
-@functools.cache
-def _triton_version() -> tuple[int, ...]:
+def _triton_version() -> tuple[int, ...] | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
     try:
         return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
     except (metadata.PackageNotFoundError, ValueError):  # a build of another name, such as pytorch-triton
         return OLDEST_TRITON
+
+
+_TRITON = _triton_version()  # now, not when asked for: torch.compile would trace into the search for it
 
 
 def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -53,19 +56,27 @@ def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """What keeps the kernels from computing in `dtype` on `device`; None if nothing does."""
-    if not _HAS_TRITON:
+    if _TRITON is None:
         return "the package triton is not installed (pip install 'peft-krona[triton]')"
-    if (found := _triton_version()) < OLDEST_TRITON:
-        oldest, found = (".".join(map(str, version)) for version in (OLDEST_TRITON, found))
+    if _TRITON < OLDEST_TRITON:
+        oldest, found = (".".join(map(str, version)) for version in (OLDEST_TRITON, _TRITON))
         return f"the kernels need triton {oldest} or newer, and {found} is installed"
     if dtype not in _DTYPES:
         return f"the kernels compute in {', '.join(map(str, _DTYPES))}, not in {dtype}"
     if device.type != "cuda" and not _INTERPRETED:
         return f"the tensors are on {device.type!r} and the kernels need a CUDA device"
-    if device.type == "cuda" and torch.version.hip is not None:
-        return "the kernels are written for NVIDIA GPUs"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "the kernels need compute capability 8.0 (Ampere) or newer"
+    if device.type == "cuda" and (reason := _why_not_gpu(device)) is not None:
+        return reason
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "torch.func transforms cannot look into the kernels"
+    return None
+
+
+@torch.compiler.assume_constant_result  # torch.compile takes what this returns and does not look into it
+@functools.cache  # asked for in every call
+def _why_not_gpu(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA GPUs"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need compute capability 8.0 (Ampere) or newer"
     return None
