@@ -9,7 +9,7 @@ import torch
 from peft_krona.ops import kron_linear
 from peft_krona.ops.mix import FORMS, can_pair, default_form
 from peft_krona.ops.reference import delta_weight_loop
-from peft_krona.ops.torch_impl import KronAdd, LinearKronAdd, Plan, factored
+from peft_krona.ops.torch_impl import KronAdd, Plan, factored
 
 LAYOUTS = ("kron", "diffusekrona")
 CASES = [case for case in itertools.product(FORMS, LAYOUTS) if can_pair(4, case[1]) or case[0] != "paired"]
@@ -46,10 +46,10 @@ def test_every_form_is_the_product(shape, form, layout):
     )
     frozen = leaves[0].detach() @ weight.T + bias
     for y, offset in (
-        (KronAdd.apply(*leaves, base, plan, 1.0), 0),
-        (KronAdd.apply(*leaves, None, plan, 1.0), -base),
+        (KronAdd.apply(*leaves, base, None, None, plan, 1.0), 0),
+        (KronAdd.apply(*leaves, None, None, None, plan, 1.0), -base),
         (factored(*leaves, base, plan), 0),
-        (LinearKronAdd.apply(*leaves, weight, bias, plan, 1.0), frozen - base),
+        (KronAdd.apply(*leaves, None, weight, bias, plan, 1.0), frozen - base),
     ):
         torch.testing.assert_close(y.detach(), expected[0] + offset)
         dx, dA, dB = torch.autograd.grad(y, leaves, dy)
@@ -62,8 +62,8 @@ def test_every_form_is_the_product(shape, form, layout):
 def test_every_form_has_second_derivatives(form, layout):
     leaves, base, _, plan = make((2, 2, 4, 2, 3, 2), layout, form)
     weight = torch.randn(base.shape[1], leaves[0].shape[1], dtype=torch.float64)
-    assert torch.autograd.gradgradcheck(lambda *leaves: KronAdd.apply(*leaves, base, plan, 1.0), leaves)
-    assert torch.autograd.gradgradcheck(lambda *leaves: LinearKronAdd.apply(*leaves, weight, None, plan, 1.0), leaves)
+    assert torch.autograd.gradgradcheck(lambda *leaves: KronAdd.apply(*leaves, base, None, None, plan, 1.0), leaves)
+    assert torch.autograd.gradgradcheck(lambda *leaves: KronAdd.apply(*leaves, None, weight, None, plan, 1.0), leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -74,7 +74,7 @@ def test_every_form_rounds_like_the_batched_one(form, layout, dtype):
     for name in (form, "batched"):
         torch.manual_seed(0)
         leaves, base, dy, plan = make(shape, layout, name, dtype)
-        y = KronAdd.apply(*leaves, base, plan, 1.0)
+        y = KronAdd.apply(*leaves, base, None, None, plan, 1.0)
         results[name] = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
     for got, batched, want in zip(results[form], results["batched"], dense(leaves, base, dy, layout), strict=True):
         assert got.dtype == dtype
@@ -85,7 +85,7 @@ def test_every_form_rounds_like_the_batched_one(form, layout, dtype):
 @pytest.mark.parametrize("form,layout", CASES)
 def test_a_zero_factor_changes_nothing_bitwise(form, layout):
     (x, A, B), base, _, plan = make((50, 2, 8, 4, 6, 8), layout, form, torch.float32)
-    assert torch.equal(KronAdd.apply(x, A, torch.zeros_like(B), base, plan, 1.0), base)
+    assert torch.equal(KronAdd.apply(x, A, torch.zeros_like(B), base, None, None, plan, 1.0), base)
 
 
 @pytest.mark.parametrize(

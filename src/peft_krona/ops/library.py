@@ -32,6 +32,8 @@ def fused_add(
     A, scale = scaled_by_number(A, scale)
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:  # the latter: tracing, fake tensors
         return fused(x, A, B, base, weight, bias, float(scale), plan.layout, plan.order)[0]
+    if not torch.is_grad_enabled():
+        return _forward(x, A, B, base, weight, bias, float(scale), plan)[0]
     if x.dim() == 2 or x.is_contiguous():
         return FusedAdd.apply(x, A, B, base, weight, bias, plan, float(scale))
     rows = x.reshape(-1, x.shape[-1])  # no copy where the rows are evenly apart, as in a slice of q, k and v

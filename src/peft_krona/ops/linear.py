@@ -12,7 +12,7 @@ from ..errors import ShapeError
 from .backend import choose_backend
 from .library import fused_add
 from .mix import MANY
-from .torch_impl import KronAdd, LinearKronAdd, Plan, autocasts, factored, no_autocast, prepared, scaled_by_number
+from .torch_impl import KronAdd, Plan, accumulated, autocasts, factored, no_autocast, prepared, scaled_by_number
 from .tuning import choose
 
 LAYOUTS = ("kron", "diffusekrona")
@@ -186,6 +186,6 @@ def _apply(
         base = base if weight is None else F.linear(x, weight, bias)
         return factored(x, *prepared(A, B, scale, x.dtype), base, plan)
     A, scale = scaled_by_number(A, scale)
-    if weight is not None:
-        return LinearKronAdd.apply(x, A, B, weight, bias, plan, scale)
-    return KronAdd.apply(x, A, B, base, plan, scale)
+    if torch.is_grad_enabled():
+        return KronAdd.apply(x, A, B, base, weight, bias, plan, scale)
+    return accumulated(x, A, B, base, weight, bias, plan, scale)[0]

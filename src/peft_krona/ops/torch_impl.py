@@ -10,8 +10,8 @@ as X (K, v), one term is Y = A X B^T of shape (I, u), laid out as (I, u) for lay
 
 `Plan` holds the sizes, the order, the form of the product with A, and the three contractions that forward and backward
 are made of. `factored` is the op as ordinary differentiable torch: torch.compile and torch.func differentiate and fuse
-that themselves. `KronAdd` and `LinearKronAdd` are the op as one autograd node, which spares passes over x and y: GEMMs
-accumulate y and dX in place (beta = 1) instead of writing the adapter's part out and adding it afterwards.
+that themselves. `KronAdd` is the op as one autograd node, which spares passes over x and y: GEMMs accumulate y and dX
+in place (beta = 1) instead of writing the adapter's part out and adding it afterwards. `accumulated` is its forward.
 """
 
 from __future__ import annotations
@@ -208,57 +208,50 @@ def factored(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, base: torch.Tens
     return y if base is None else base + y
 
 
-class KronAdd(torch.autograd.Function):
-    """base + the product (..., out) as one autograd node. x (..., in) contiguous, base (..., out), of one dtype.
-
-    Scaling the factors by `scale` (a number) and casting them to x's dtype is part of the node.
-    """
-
-    @staticmethod
-    def forward(ctx, x, A, B, base, plan: Plan, scale: float):
-        mine = prepared(A, B, scale, x.dtype)
-        mA, mB = plan.matrices(*mine)
-        h = plan.first(x, mA, mB)
-        # y has its final shape from the start: nothing could work in place on a view that was made in here.
-        if base is None:
-            y = x.new_empty(*x.shape[:-1], plan.a_out * plan.b_out)
-        else:
-            y = base.clone(memory_format=torch.contiguous_format)
-        plan.second_add_(y, h, mA, mB, beta=0 if base is None else 1)
-        _save(ctx, x, A, B, h, mine, None, plan, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        return *_backward(ctx, dy), dy if ctx.needs_input_grad[3] else None, None, None
-
-
-class LinearKronAdd(torch.autograd.Function):
-    """x W^T + bias + the product (..., out) as one autograd node, for a frozen W and bias of x's dtype.
-
-    The base's GEMM and the adapter's share one accumulator: y forward, dX backward. The rest as in `KronAdd`.
-    """
-
-    @staticmethod
-    def forward(ctx, x, A, B, weight, bias, plan: Plan, scale: float):
-        mine = prepared(A, B, scale, x.dtype)
-        mA, mB = plan.matrices(*mine)
+def accumulated(
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    base: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    plan: Plan,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """(y, the intermediate, `prepared` factors), without a graph: y is added to in place. Arguments as in `KronAdd`."""
+    factors = prepared(A, B, scale, x.dtype)
+    mA, mB = plan.matrices(*factors)
+    # y has its final shape from the start: nothing could work in place on a view that is made in an autograd node.
+    if weight is not None:
         y = F.linear(x, weight, bias)
-        h = plan.first(x, mA, mB)
-        plan.second_add_(y, h, mA, mB)
-        _save(ctx, x, A, B, h, mine, weight, plan, scale)
+    elif base is not None:
+        y = base.clone(memory_format=torch.contiguous_format)
+    else:
+        y = x.new_empty(*x.shape[:-1], plan.a_out * plan.b_out)
+    h = plan.first(x, mA, mB)
+    plan.second_add_(y, h, mA, mB, beta=0 if weight is None and base is None else 1)
+    return y, h, factors
+
+
+class KronAdd(torch.autograd.Function):
+    """base + the product (..., out) as one autograd node; base = x W^T + bias where there is a weight, else base or 0.
+
+    x (..., in) is contiguous; base, weight and bias are of its dtype, weight and bias frozen. The frozen layer's GEMM
+    and the product share one accumulator: y forward, dX backward. Scaling the factors by `scale` (a number) and
+    casting them to x's dtype is part of the node.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, B, base, weight, bias, plan: Plan, scale: float):
+        y, h, (sA, sB) = accumulated(x, A, B, base, weight, bias, plan, scale)
+        # factors that were neither scaled nor cast are not saved twice
+        ctx.save_for_backward(x, A, B, h, None if sA is A else sA, None if sB is B else sB, weight)
+        ctx.plan, ctx.scale = plan, scale
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        return *_backward(ctx, dy), None, None, None, None
-
-
-def _save(ctx, x, A, B, h, mine, weight, plan: Plan, scale: float) -> None:
-    """What `_backward` takes. Factors that were neither scaled nor cast are not saved twice."""
-    sA, sB = mine
-    ctx.save_for_backward(x, A, B, h, None if sA is A else sA, None if sB is B else sB, weight)
-    ctx.plan, ctx.scale = plan, scale
+        return *_backward(ctx, dy), dy if ctx.needs_input_grad[3] else None, None, None, None, None
 
 
 def _backward(ctx, dy):
