@@ -116,6 +116,25 @@ def test_linear_kron_linear_gradcheck(layout, factors):
 
 
 @pytest.mark.parametrize("into", ["none", "base", "linear"])
+@pytest.mark.parametrize("order", [None, "a_first"])
+def test_without_gradients_the_same_bits(order, into):
+    x, A, B, base = (t.float().requires_grad_() for t in make((2, 5), 2, 4, 3, 2, 6))
+    W, b, before = torch.randn(8, 18), torch.randn(8), base.detach().clone()
+
+    def op():
+        if into == "linear":
+            return linear_kron_linear(x, W, b, A, B, scale=0.3)
+        return kron_linear(x, A, B, scale=0.3, base=base if into == "base" else None, order=order)
+
+    want = op()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            got = op()
+        assert torch.equal(got, want) and not got.requires_grad
+    assert want.requires_grad and torch.equal(base, before)
+
+
+@pytest.mark.parametrize("into", ["none", "base", "linear"])
 @pytest.mark.parametrize("lead", [(5,), (2, 5), ()], ids=str)
 def test_the_output_may_be_changed_in_place(lead, into):
     """As nn.ReLU(inplace=True) does after a layer: autograd forbids it for a view that was made inside a node."""
