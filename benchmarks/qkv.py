@@ -57,7 +57,7 @@ class _Joint(torch.autograd.Function):
         ys, hs = [], h.split(u, 2)
         for A, part, weight, bias in zip(As, hs, weights, biases, strict=True):
             y = F.linear(x, weight, bias)
-            mix_add_(y, A, part, 1, plan.layout, plan.form)
+            mix_add_(y, A, part, plan.layout, plan.form)
             ys.append(y)
         ctx.save_for_backward(x, B, *As, *(part.contiguous() for part in hs))
         ctx.plan, ctx.weights = plan, weights

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_krona.errors import ShapeError
+from peft_krona.errors import BackendError, ShapeError
 from peft_krona.ops import kron_conv, kron_delta_weight, kron_embedding, kron_linear, linear_kron_linear
 from peft_krona.ops.reference import delta_weight_loop, kron_linear_reference
 from peft_krona.ops.torch_impl import Plan, factored
@@ -115,10 +115,21 @@ def test_linear_kron_linear_gradcheck(layout, factors):
     assert torch.autograd.gradgradcheck(op, (x, A, B))
 
 
+def test_factors_without_values_are_refused():
+    """torch multiplies a CPU's and a meta tensor to whatever is in memory."""
+    x, A, B, _ = make((5,), 1, 4, 3, 2, 6)
+    with pytest.raises(BackendError, match="Expected A and B on x's device, cpu, got them on meta and cpu, where they"):
+        kron_linear(x, A.to("meta"), B)
+    with pytest.raises(BackendError, match="Add and load adapters before the model is offloaded"):
+        linear_kron_linear(x, torch.randn(8, 18, dtype=x.dtype), None, A, B.to("meta"))
+
+
 @pytest.mark.parametrize("into", ["none", "base", "linear"])
 @pytest.mark.parametrize("order", [None, "a_first"])
-def test_without_gradients_the_same_bits(order, into):
+@pytest.mark.parametrize("strided", [False, True])
+def test_without_gradients_the_same_bits(strided, order, into):
     x, A, B, base = (t.float().requires_grad_() for t in make((2, 5), 2, 4, 3, 2, 6))
+    x = torch.cat([x, x], 2)[..., :18] if strided else x
     W, b, before = torch.randn(8, 18), torch.randn(8), base.detach().clone()
 
     def op():
@@ -134,16 +145,16 @@ def test_without_gradients_the_same_bits(order, into):
     assert want.requires_grad and torch.equal(base, before)
 
 
-@pytest.mark.parametrize("into", ["none", "base", "linear"])
-@pytest.mark.parametrize("lead", [(5,), (2, 5), ()], ids=str)
+@pytest.mark.parametrize("into", ["none", "base", "linear", "linear with bias"])
+@pytest.mark.parametrize("lead", [(5,), (2, 5), (2, 1, 5), ()], ids=str)
 def test_the_output_may_be_changed_in_place(lead, into):
     """As nn.ReLU(inplace=True) does after a layer: autograd forbids it for a view that was made inside a node."""
     x, A, B, base = (t.requires_grad_() for t in make(lead, 1, 4, 3, 2, 6))
-    W = torch.randn(8, 18, dtype=torch.float64)
+    W, b = torch.randn(8, 18, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
 
     def op():
-        if into == "linear":
-            return linear_kron_linear(x, W, None, A, B)
+        if into.startswith("linear"):
+            return linear_kron_linear(x, W, b if into == "linear with bias" else None, A, B)
         return kron_linear(x, A, B, base=base if into == "base" else None)
 
     leaves = (x, A, B)
@@ -318,7 +329,8 @@ def test_works_under_torch_func():
     [
         ({"x": torch.zeros(2, 5)}, r"last dimension of a_in \* b_in = 3 \* 2 = 6, got x of shape \(2, 5\)"),
         ({"A": torch.zeros(4, 3)}, r"Expected A \(r, a_out, a_in\).*got A \(4, 3\) and B \(1, 5, 2\)"),
-        ({"B": torch.zeros(2, 5, 2)}, r"with one r >= 1, got A \(1, 4, 3\) and B \(2, 5, 2\)"),
+        ({"B": torch.zeros(2, 5, 2)}, r"with one r and all sizes >= 1, got A \(1, 4, 3\) and B \(2, 5, 2\)"),
+        ({"x": torch.zeros(2, 0), "A": torch.zeros(1, 4, 0)}, r"all sizes >= 1, got A \(1, 4, 0\) and B"),
         ({"base": torch.zeros(2, 19)}, r"Expected base of shape \(2, 20\), got \(2, 19\)"),
         ({"layout": "shuffled"}, r"layout='shuffled' is unknown; expected one of \('kron', 'diffusekrona'\)"),
         ({"order": "fast"}, r"order='fast' is unknown"),

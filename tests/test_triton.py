@@ -189,8 +189,8 @@ def test_the_eager_node_is_the_op(order):
     leaves = [x.requires_grad_(), A.double().requires_grad_(), B.double().requires_grad_(), base.requires_grad_()]
     plan = Plan.of(A, B, "kron", order)
     eager = fused_add(*leaves[:3], 0.3, leaves[3], None, None, plan)
-    op, _ = fused(x, leaves[1], leaves[2], leaves[3], None, None, 0.3, "kron", order)
-    assert torch.equal(eager, op)
+    op, _ = fused(x, leaves[1] * 0.3, leaves[2], leaves[3], None, None, "kron", order)
+    torch.testing.assert_close(eager, op, rtol=1e-6, atol=1e-6)  # s A is rounded to fp32 once or twice
     dy = torch.randn_like(op)
     for got, want in zip(torch.autograd.grad(eager, leaves, dy), torch.autograd.grad(op, leaves, dy), strict=True):
         assert got.dtype == want.dtype
@@ -198,20 +198,25 @@ def test_the_eager_node_is_the_op(order):
 
 
 @runs_kernels
-@pytest.mark.parametrize("into", ["none", "base", "linear"])
+@pytest.mark.parametrize("into", ["none", "base", "linear", "linear with bias"])
 @pytest.mark.parametrize("strided", [False, True])
 def test_more_dimensions_and_changes_in_place(strided, into):
     """Slices of a wider tensor, as of q, k and v in one, are read where they are."""
     x, A, B, base = on_device(make((2, 5), 1, 4, 3, 2, 6), torch.float32)
     if strided:
         x, base = torch.cat([x, x], 2)[..., : x.shape[2]], torch.cat([base, base], 2)[..., : base.shape[2]]
-    W, leaves = torch.randn(8, 18, device=DEVICE), [t.requires_grad_() for t in (x, A, B)]
-    results = {}
+    W, b = torch.randn(8, 18, device=DEVICE), torch.randn(8, device=DEVICE)
+    leaves, results = [t.requires_grad_() for t in (x, A, B)], {}
+
+    def op(name):
+        if into.startswith("linear"):
+            return linear_kron_linear(x, W, b if into == "linear with bias" else None, A, B, backend=name)
+        return kron_linear(x, A, B, base=base if into == "base" else None, backend=name)
+
     for name in ("triton", "torch"):
-        if into == "linear":
-            y = linear_kron_linear(x, W, None, A, B, backend=name)
-        else:
-            y = kron_linear(x, A, B, base=base if into == "base" else None, backend=name)
+        y = op(name)
+        with torch.no_grad():
+            assert torch.equal(op(name), y)
         results[name] = torch.autograd.grad(y.relu_().square().sum(), leaves)
     assert y.shape == (2, 5, 8)
     torch.testing.assert_close(results["triton"], results["torch"], rtol=1e-5, atol=1e-4)
@@ -252,9 +257,9 @@ def test_opcheck(form):
     leaves = [t.requires_grad_() for t in (x, A, B)]
     weight, bias = torch.randn(8, 15, device=DEVICE), torch.randn(8, device=DEVICE)
     extra = {"product": (None, None, None), "base": (base, None, None), "layer": (None, weight, bias)}[form]
-    torch.library.opcheck(fused, (*leaves, *extra, 0.3, "kron", "b_first"))
-    _, h = fused(*(t.detach() for t in leaves), *extra, 0.3, "kron", "b_first")
-    arguments = (base, x.detach(), h, A.detach(), B.detach(), extra[1], 0.3, "kron", "b_first")
+    torch.library.opcheck(fused, (*leaves, *extra, "kron", "b_first"))
+    _, h = fused(*(t.detach() for t in leaves), *extra, "kron", "b_first")
+    arguments = (base, x.detach(), h, A.detach(), B.detach(), extra[1], "kron", "b_first")
     for needs in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(fused_backward, (*arguments, *needs))
 
@@ -280,6 +285,24 @@ def test_torch_compile_keeps_the_kernels_as_single_nodes(compiler, monkeypatch):
     torch.testing.assert_close(compiled(*leaves), function(*leaves))
     got = torch.autograd.grad(compiled(*leaves), leaves)
     torch.testing.assert_close(got, torch.autograd.grad(function(*leaves), leaves))
+
+
+@runs_kernels
+def test_a_change_of_scale_does_not_compile_anew():
+    """s belongs to the graph as a number that may change, not as a constant."""
+    torch._dynamo.reset()
+    x, A, B, _ = on_device(make((9,), 1, 4, 3, 2, 5), torch.float32)
+    graphs, scale = [], {"s": 1.0}
+
+    def counter(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda x: kron_linear(x, A, B, scale=scale["s"], backend="triton"), backend=counter)
+    for scale["s"] in (0.1, 0.3, 0.5, 0.7, 0.9):
+        want = kron_linear(x, A, B, scale=scale["s"], backend="triton")
+        torch.testing.assert_close(compiled(x), want)
+    assert len(graphs) <= 2
 
 
 @pytest.mark.gpu

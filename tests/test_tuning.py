@@ -95,8 +95,8 @@ def spoil(monkeypatch, function, form, spoiled, which=None):
         result = original(*args)
         if args[-1] != form:
             return result
-        if which is None:  # the result is in the first argument
-            return args[0].copy_(spoiled(args[0].clone()))
+        if which is None:
+            return spoiled(result)
         return tuple(spoiled(t) if i == which else t for i, t in enumerate(result))
 
     monkeypatch.setattr(torch_impl, function, replaced)
@@ -112,7 +112,7 @@ def test_the_quickest_is_chosen_and_computes(monkeypatch, clock, quickest):
     assert take(x, A, B) == quickest[6:]
     assert set(clock[1]) == set(ALL)
     used = []
-    for name in ("mix_add_", "mix_backward"):
+    for name in ("mix", "mix_backward"):
         original = getattr(torch_impl, name)
         monkeypatch.setattr(torch_impl, name, lambda *args, f=original: (used.append(args[-1]), f(*args))[1])
     kron_linear(x, A, B, backend="auto").sum().backward()
@@ -148,7 +148,7 @@ def test_every_candidate_that_is_right_is_in(into, dtype):
     assert all(t > 0 for t in measured["1024"].values())
 
 
-@pytest.mark.parametrize("function,which", [("mix_add_", None), ("mix_backward", 0), ("mix_backward", 1)])
+@pytest.mark.parametrize("function,which", [("mix", None), ("mix_backward", 0), ("mix_backward", 1)])
 @pytest.mark.parametrize(
     "spoiled,reason",
     [(lambda t: t * 1.01, "has a relative error of 1.0e-02"), (lambda t: t * float("nan"), "relative error of nan")],
@@ -185,7 +185,7 @@ def test_a_candidate_that_raises_only_while_it_is_timed_is_out(monkeypatch, cloc
             raise RuntimeError("late")
         return result
 
-    spoil(monkeypatch, "mix_add_", "paired", fail_late)
+    spoil(monkeypatch, "mix", "paired", fail_late)
     assert take(*make()) == "batched" and "torch paired is out: RuntimeError: late" in caplog.text
 
 
@@ -206,7 +206,7 @@ def test_an_interrupt_passes_through(monkeypatch, clock):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    spoil(monkeypatch, "mix_add_", "paired", interrupt)
+    spoil(monkeypatch, "mix", "paired", interrupt)
     with pytest.raises(KeyboardInterrupt):
         take(*make())
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -277,11 +278,30 @@ class KronALayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
-            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+            with self._onloaded():
+                return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         names = [] if self.merged else [name for name in self.active_adapters if name in self.scaling]
         if not names:
             return self.base_layer(x, *args, **kwargs)
+        if "_hf_hook" in self._modules["krona_A"].__dict__:
+            with self._onloaded():
+                return self._adapted(x, names, *args, **kwargs)
         return self._adapted(x, names, *args, **kwargs)
+
+    @contextmanager
+    def _onloaded(self) -> Iterator[None]:
+        """The factors where they are computed with, where accelerate has offloaded them.
+
+        Its hooks bring a module's tensors when the module is called, which the factors' dicts never are.
+        """
+        dicts = [factors for factors in (self.krona_A, self.krona_B) if "_hf_hook" in factors.__dict__]
+        for factors in dicts:
+            factors._hf_hook.pre_forward(factors)
+        try:
+            yield
+        finally:
+            for factors in dicts:
+                factors._hf_hook.post_forward(factors, None)
 
     def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):

@@ -73,8 +73,12 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # torch.compile takes what this returns and does not look into it
-@functools.cache  # asked for in every call
 def _why_not_gpu(device: torch.device) -> str | None:
+    return _asked_gpu(device)
+
+
+@functools.cache  # asked for in every call. Not above: torch.compile looks through a cache, past the mark
+def _asked_gpu(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are written for NVIDIA GPUs"
     if torch.cuda.get_device_capability(device) < (8, 0):

@@ -8,7 +8,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from ..errors import ShapeError
+from ..errors import BackendError, ShapeError
 from .backend import choose_backend
 from .library import fused_add
 from .mix import MANY
@@ -49,7 +49,7 @@ def kron_linear(
 
     Raises:
         ShapeError: if the shapes do not belong together, or layout or order is unknown.
-        BackendError: if the backend that was asked for cannot run on these tensors.
+        BackendError: if the backend that was asked for cannot run on these tensors, or A and B have no values.
 
     >>> x, A, B = torch.randn(2, 5, 12), torch.randn(1, 4, 3), torch.randn(1, 2, 4)
     >>> y = kron_linear(x, A, B, scale=0.5)
@@ -110,6 +110,11 @@ def _plan(
         many = x.numel() >= MANY * x.shape[-1] if x.dim() else False
         make = _checked_plan if type(A) in _REAL and type(B) in _REAL else _check_plan
     plan = make(A.shape, B.shape, layout, order, A.device.type, dtype, many)
+    if (A.is_meta or B.is_meta) and not x.is_meta:  # torch would multiply with whatever is in memory
+        raise BackendError(
+            f"Expected A and B on x's device, {x.device}, got them on {A.device} and {B.device}, where they have no "
+            "values. Add and load adapters before the model is offloaded."
+        )
     if not x.dim() or x.shape[-1] != plan.a_in * plan.b_in:
         raise ShapeError(
             f"Expected x with a last dimension of a_in * b_in = {plan.a_in} * {plan.b_in} = {plan.a_in * plan.b_in}, "
@@ -139,9 +144,10 @@ def _check_plan(
         raise ShapeError(f"layout={layout!r} is unknown; expected one of {LAYOUTS}.")
     if order not in (None, "b_first", "a_first"):
         raise ShapeError(f"order={order!r} is unknown; expected 'b_first', 'a_first' or None.")
-    if len(A) != 3 or len(B) != 3 or A[0] != B[0] or A[0] < 1:
+    if len(A) != 3 or len(B) != 3 or A[0] != B[0] or min(*A, *B) < 1:
         raise ShapeError(
-            f"Expected A (r, a_out, a_in) and B (r, b_out, b_in) with one r >= 1, got A {tuple(A)} and B {tuple(B)}."
+            "Expected A (r, a_out, a_in) and B (r, b_out, b_in) with one r and all sizes >= 1, "
+            f"got A {tuple(A)} and B {tuple(B)}."
         )
     return Plan.of_shapes(A, B, layout, order, None, device, dtype, MANY if many else 0)
 

@@ -43,10 +43,10 @@ def mix(A: torch.Tensor, h: torch.Tensor, layout: str, form: str) -> torch.Tenso
     return torch.bmm(*_operands(A, h, layout, form)).reshape(h.shape[0], A.shape[0] * h.shape[2])
 
 
-def mix_add_(y: torch.Tensor, A: torch.Tensor, h: torch.Tensor, beta: int, layout: str, form: str) -> None:
-    """y (..., I u) = beta y + mix(A, h), inside the GEMM. y must be contiguous and owned by the caller."""
+def mix_add_(y: torch.Tensor, A: torch.Tensor, h: torch.Tensor, layout: str, form: str) -> None:
+    """y (..., I u) += mix(A, h), inside the GEMM. y must be contiguous and owned by the caller."""
     left, right = _operands(A, h, layout, form)
-    y.view(left.shape[0], left.shape[1], right.shape[2]).baddbmm_(left, right, beta=beta)
+    y.view(left.shape[0], left.shape[1], right.shape[2]).baddbmm_(left, right)
 
 
 def _operands(A: torch.Tensor, h: torch.Tensor, layout: str, form: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -114,16 +114,16 @@ class Plan(NamedTuple):
             y = torch.bmm(mB.expand(T, -1, -1), h)
         return y.reshape(T, a_out * b_out)
 
-    def second_add_(self, y: torch.Tensor, h: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor, beta: int = 1) -> None:
-        """y (..., out) = beta y + second(h), inside the GEMM. y must be contiguous and owned by the caller."""
+    def second_add_(self, y: torch.Tensor, h: torch.Tensor, mA: torch.Tensor, mB: torch.Tensor) -> None:
+        """y (..., out) += second(h), inside the GEMM. y must be contiguous and owned by the caller."""
         r, a_out, _, b_out, b_in, layout, order, form = self
         T = h.shape[0]
         if order == "b_first":
-            mix_add_(y, mA, h, beta, layout, form)
+            mix_add_(y, mA, h, layout, form)
         elif layout == "kron":
-            y.view(T * a_out, b_out).addmm_(h.view(T * a_out, r * b_in), mB, beta=beta)
+            y.view(T * a_out, b_out).addmm_(h.view(T * a_out, r * b_in), mB)
         else:
-            y.view(T, b_out, a_out).baddbmm_(mB.expand(T, -1, -1), h, beta=beta)
+            y.view(T, b_out, a_out).baddbmm_(mB.expand(T, -1, -1), h)
 
     def backward(
         self,
@@ -190,10 +190,16 @@ class Plan(NamedTuple):
 def prepared(
     A: torch.Tensor, B: torch.Tensor, scale: float | torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """s * A and B in the compute dtype. Scaling is done in the wider of the two dtypes, before rounding to one."""
+    """s * A and B in the compute dtype."""
+    A = scaled(A, scale, dtype)
+    return A if A.dtype == dtype else A.to(dtype), B if B.dtype == dtype else B.to(dtype)
+
+
+def scaled(A: torch.Tensor, scale: float | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """s * A in A's dtype or `dtype`, whichever is wider: before rounding to the compute dtype, not after it."""
     if isinstance(scale, torch.Tensor) or scale != 1:
         A = A.to(torch.promote_types(A.dtype, dtype)) * scale
-    return A if A.dtype == dtype else A.to(dtype), B if B.dtype == dtype else B.to(dtype)
+    return A
 
 
 def scaled_by_number(A: torch.Tensor, scale: float | torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -221,16 +227,21 @@ def accumulated(
     """(y, the intermediate, `prepared` factors), without a graph: y is added to in place. Arguments as in `KronAdd`."""
     factors = prepared(A, B, scale, x.dtype)
     mA, mB = plan.matrices(*factors)
-    # y has its final shape from the start: nothing could work in place on a view that is made in an autograd node.
-    if weight is not None:
-        y = F.linear(x, weight, bias)
-    elif base is not None:
+    h = plan.first(x, mA, mB)
+    if weight is None and base is None:
+        y = plan.second(h, mA, mB)
+        return y.view(*x.shape[:-1], y.shape[-1]).data, h, factors  # no view either
+    if weight is None:
         y = base.clone(memory_format=torch.contiguous_format)
     else:
-        y = x.new_empty(*x.shape[:-1], plan.a_out * plan.b_out)
-    h = plan.first(x, mA, mB)
-    plan.second_add_(y, h, mA, mB, beta=0 if weight is None and base is None else 1)
+        y = frozen_linear(x, weight, bias)
+    plan.second_add_(y, h, mA, mB)
     return y, h, factors
+
+
+def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """F.linear(x, weight, bias), and no view to autograd: one made in a node cannot be changed in place."""
+    return F.linear(x, weight, bias).data
 
 
 class KronAdd(torch.autograd.Function):
@@ -251,14 +262,13 @@ class KronAdd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return *_backward(ctx, dy), dy if ctx.needs_input_grad[3] else None, None, None, None, None
+        with no_autocast(dy.device):
+            dX, dA, dB = _gradients(ctx, dy)
+        return dX, dA, dB, dy if ctx.needs_input_grad[3] else None, None, None, None, None
 
 
-def _backward(ctx, dy):
+def _gradients(ctx, dy):
     """(dX, dA, dB); dX with the frozen layer's part where there is one."""
-    if autocasts(dy.device):
-        with torch.autocast(dy.device.type, enabled=False):
-            return _backward(ctx, dy)
     x, A, B, h, sA, sB, weight = ctx.saved_tensors
     plan, scale, dy = ctx.plan, ctx.scale, dy.contiguous()
     if torch.is_grad_enabled():  # create_graph=True: what was computed without a graph must become part of one

@@ -303,13 +303,15 @@ BACKWARD_PROGRAMS, BACKWARD_CHUNK = 128, 128
 def shared_bytes(z: Sizes, itemsize: int) -> int:
     """Estimate of what a program needs in shared memory, from above.
 
-    A step keeps both operands of its dot there, STAGES deep where its inner loop is pipelined, or the fp32 result on
-    its way from the dot's register layout to one that stores whole lines. The steps follow each other and take the same
-    memory; any of BP and BQ, BD and BC may be the inner dimension.
+    A step keeps both operands of its dot there, STAGES deep where its inner loop is pipelined (the factor as it is
+    stored, up to 4 bytes a value), or the fp32 result on its way from the dot's register layout to one that stores
+    whole lines. The steps follow each other and take the same memory; any of BP and BQ, BD and BC may be the inner
+    dimension.
     """
-    mix = STAGES * (z.BP * z.BQ + max(z.BP, z.BQ) * z.BT * z.BW) * itemsize + 4 * max(z.BP, z.BQ) * z.BT * z.BW
-    gradient = STAGES * (z.BP + z.BQ) * z.BT * z.BW * itemsize
-    gemm = STAGES * (z.BM * max(z.BD, z.BC) + z.BD * z.BC) * itemsize + 4 * z.BM * max(z.BC, z.BD)
+    p, d, w = max(z.BP, z.BQ), max(z.BD, z.BC), z.BT * z.BW
+    mix = STAGES * (z.BP * z.BQ * 4 + p * w * itemsize) + 4 * p * w
+    gradient = STAGES * (z.BP + z.BQ) * w * itemsize
+    gemm = STAGES * (z.BD * z.BC * 4 + z.BM * d * itemsize) + 4 * z.BM * d
     return max(mix, gradient, gemm)
 
 
@@ -370,7 +372,7 @@ def forward(
         base_t = 0 if base is None else base.stride(0)
         with _device_of(x):
             forward_kernel[(triton.cdiv(T, chunk),)](
-                x, A.contiguous(), B.contiguous(), base, h, y, T, chunk, x.stride(0), base_t, scale, z,
+                x, _stored(A), _stored(B), base, h, y, T, chunk, x.stride(0), base_t, scale, z,
                 num_warps=WARPS, num_stages=STAGES,
             )  # fmt: skip
     return h
@@ -404,7 +406,7 @@ def backward(
     with _device_of(x):
         if T and (need_x or need_factors):
             backward_kernel[(programs,)](
-                dy, x, h, A.contiguous(), B.contiguous(), torch.empty_like(h), dx, parts, T, chunk, x.stride(0),
+                dy, x, h, _stored(A), _stored(B), torch.empty_like(h), dx, parts, T, chunk, x.stride(0),
                 x.shape[1], scale, add, need_x, need_factors, z, num_warps=WARPS, num_stages=STAGES,
             )  # fmt: skip
         if need_factors:
@@ -412,6 +414,11 @@ def backward(
             rows, columns = SUM_TILE
             sum_kernel[(triton.cdiv(N_A + N_B, columns),)](parts, dA, dB, programs, scale, N_A, N_B, rows, columns)
     return dA, dB
+
+
+def _stored(factor: torch.Tensor) -> torch.Tensor:
+    """As the kernels read it; tiles are chosen for factors of up to 4 bytes a value."""
+    return (factor.float() if factor.dtype == torch.float64 else factor).contiguous()
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
