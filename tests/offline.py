@@ -60,10 +60,13 @@ def compile_offline(
         for position, name in enumerate(function.arg_names)
         if name not in ("T", "chunk", "scale") and signature[name] != "constexpr"
     }
+    options = {"num_warps": triton_kernels.WARPS, "num_stages": triton_kernels.STAGES}
+    if kernel == "forward":
+        options["maxnreg"] = triton_kernels.forward_registers(constants["z"])
     compiled = triton.compile(
         ASTSource(function, signature, constants, aligned),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": triton_kernels.WARPS, "num_stages": triton_kernels.STAGES},
+        options=options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -98,6 +98,40 @@ def _fold(tile):
 
 
 @triton.jit
+def _unfold(tile, BT: tl.constexpr):
+    """(a, t b) -> (t, a, b)."""
+    return tl.permute(tl.reshape(tile, (tile.shape[0], BT, tile.shape[1] // BT)), (1, 0, 2))
+
+
+@triton.jit
+def _store(dst, tile, t, a, b, T, d_t, D_A, D_B, N_A, N_B):
+    """dst[t, a, b] = tile (t, a, b), in dst's dtype."""
+    inside = (t < T)[:, None, None] & (a < N_A)[None, :, None] & (b < N_B)[None, None, :]
+    at = dst + t[:, None, None] * d_t + a[None, :, None] * D_A + b[None, None, :] * D_B
+    tl.store(at, tile.to(dst.dtype.element_ty), inside)
+
+
+@triton.jit
+def _rows_at(m0, start, chunk, T, z: tl.constexpr):
+    """Token and index s of the BM rows from m0 on, (rows, 1), and whether the program has them."""
+    row = m0 + tl.arange(0, z.BM)[:, None]
+    t, s = start + row // z.S, row % z.S
+    return t, s, (row < chunk * z.S) & (t < T)
+
+
+@triton.jit
+def _mA(A, scale, p, q, dtype, z: tl.constexpr):
+    """s mA[p, q], 0 outside; p and q are two axes of a tile, in either order."""
+    return (tl.load(A + _in_A(p, q, z), (p < z.P) & (q < z.Q), other=0.0).to(tl.float32) * scale).to(dtype)
+
+
+@triton.jit
+def _mB(B, d, c, dtype, z: tl.constexpr):
+    """mB[d, c], 0 outside; d and c are two axes of a tile, in either order."""
+    return tl.load(B + _in_B(d, c, z), (d < z.D) & (c < z.C), other=0.0).to(dtype)
+
+
+@triton.jit
 def _mix(
     src, A, scale, dst, base, start, chunk, T, s_t, d_t, b_t,
     S_Q: tl.constexpr, S_W: tl.constexpr, D_P: tl.constexpr, D_W: tl.constexpr,
@@ -107,35 +141,38 @@ def _mix(
 
     BACK: with the transpose of mA.
     """
-    BT: tl.constexpr = z.BT
-    BW: tl.constexpr = z.BW
-    W: tl.constexpr = z.W
     P: tl.constexpr = z.Q if BACK else z.P
     Q: tl.constexpr = z.P if BACK else z.Q
     BP: tl.constexpr = z.BQ if BACK else z.BP
     BQ: tl.constexpr = z.BP if BACK else z.BQ
-    for t0 in range(0, chunk, BT):
-        t = start + t0 + tl.arange(0, BT)
+    COLUMNS: tl.constexpr = z.BT * z.BW
+    ONE: tl.constexpr = P <= BP and Q <= BQ  # mA is one tile: read once, not again for every tile of tokens
+    dtype: tl.constexpr = src.dtype.element_ty
+    p, q = tl.arange(0, BP), tl.arange(0, BQ)
+    if ONE:
+        a = _mA(A, scale, q[None, :], p[:, None], dtype, z) if BACK else _mA(A, scale, p[:, None], q[None, :], dtype, z)
+    for t0 in range(0, chunk, z.BT):
+        t = start + t0 + tl.arange(0, z.BT)
         for p0 in range(0, P, BP):
             p = p0 + tl.arange(0, BP)
-            for w0 in range(0, W, BW):
-                w = w0 + tl.arange(0, BW)
-                acc = tl.zeros((BP, BT * BW), tl.float32)
+            for w0 in range(0, z.W, z.BW):
+                w = w0 + tl.arange(0, z.BW)
+                if base is not None:  # on its way while the rest is computed
+                    old = _load(base, t, p, w, T, b_t, D_P, D_W, P, z.W)
+                acc = tl.zeros((BP, COLUMNS), tl.float32)
                 for q0 in range(0, Q, BQ):
                     q = q0 + tl.arange(0, BQ)
-                    if BACK:
-                        at = _in_A(q[None, :], p[:, None], z)
-                    else:
-                        at = _in_A(p[:, None], q[None, :], z)
-                    a = tl.load(A + at, (p < P)[:, None] & (q < Q)[None, :], other=0.0).to(tl.float32) * scale
-                    tile = _fold(_load(src, t, q, w, T, s_t, S_Q, S_W, Q, W))
-                    acc = tl.dot(a.to(tile.dtype), tile, acc, input_precision=z.precision)
-                out = tl.permute(tl.reshape(acc, (BP, BT, BW)), (1, 0, 2))
+                    if not ONE:
+                        if BACK:
+                            a = _mA(A, scale, q[None, :], p[:, None], dtype, z)
+                        else:
+                            a = _mA(A, scale, p[:, None], q[None, :], dtype, z)
+                    tile = _fold(_load(src, t, q, w, T, s_t, S_Q, S_W, Q, z.W))
+                    acc = tl.dot(a, tile, acc, input_precision=z.precision)
+                out = _unfold(acc, z.BT)
                 if base is not None:
-                    out += _load(base, t, p, w, T, b_t, D_P, D_W, P, W).to(tl.float32)
-                inside = (t < T)[:, None, None] & (p < P)[None, :, None] & (w < W)[None, None, :]
-                at = dst + t[:, None, None] * d_t + p[None, :, None] * D_P + w[None, None, :] * D_W
-                tl.store(at, out.to(dst.dtype.element_ty), inside)
+                    out += old.to(tl.float32)
+                _store(dst, out, t, p, w, T, d_t, D_P, D_W, P, z.W)
 
 
 @triton.jit
@@ -148,83 +185,124 @@ def _gemm(
 
     BACK: with the transpose of mB.
     """
-    BM: tl.constexpr = z.BM
-    S: tl.constexpr = z.S
     D: tl.constexpr = z.C if BACK else z.D
     C: tl.constexpr = z.D if BACK else z.C
     BD: tl.constexpr = z.BC if BACK else z.BD
     BC: tl.constexpr = z.BD if BACK else z.BC
-    for m0 in range(0, chunk * S, BM):
-        row = m0 + tl.arange(0, BM)
-        t, s = start + row // S, row % S
-        live = (row < chunk * S) & (t < T)
+    BM: tl.constexpr = z.BM  # tl.zeros of triton 3.6 takes no z.BM
+    dtype: tl.constexpr = src.dtype.element_ty
+    for m0 in range(0, chunk * z.S, z.BM):
+        t, s, live = _rows_at(m0, start, chunk, T, z)
         for c0 in range(0, C, BC):
             c = c0 + tl.arange(0, BC)
+            inside = live & (c < C)[None, :]
+            if base is not None:  # on its way while the rest is computed
+                old = tl.load(base + t * b_t + s * D_S + c[None, :] * D_C, inside, other=0.0)
             acc = tl.zeros((BM, BC), tl.float32)
             for d0 in range(0, D, BD):
                 d = d0 + tl.arange(0, BD)
-                tile_at = src + (t * s_t + s * S_S)[:, None] + d[None, :] * S_D
-                tile = tl.load(tile_at, live[:, None] & (d < D)[None, :], other=0.0)
-                if BACK:
-                    at = _in_B(c[None, :], d[:, None], z)
-                else:
-                    at = _in_B(d[:, None], c[None, :], z)
-                b = tl.load(B + at, (d < D)[:, None] & (c < C)[None, :], other=0.0)
-                acc = tl.dot(tile, b.to(tile.dtype), acc, input_precision=z.precision)
-            inside = live[:, None] & (c < C)[None, :]
+                b = _mB(B, c[None, :], d[:, None], dtype, z) if BACK else _mB(B, d[:, None], c[None, :], dtype, z)
+                tile = tl.load(src + t * s_t + s * S_S + d[None, :] * S_D, live & (d < D)[None, :], other=0.0)
+                acc = tl.dot(tile, b, acc, input_precision=z.precision)
             if base is not None:
-                acc += tl.load(base + (t * b_t + s * D_S)[:, None] + c[None, :] * D_C, inside, other=0.0).to(tl.float32)
-            at = dst + (t * d_t + s * D_S)[:, None] + c[None, :] * D_C
-            tl.store(at, acc.to(dst.dtype.element_ty), inside)
+                acc += old.to(tl.float32)
+            tl.store(dst + t * d_t + s * D_S + c[None, :] * D_C, acc.to(dst.dtype.element_ty), inside)
 
 
 @triton.jit
-def _mix_gradient(
-    src, dout, dA, start, chunk, T, s_t, g_t,
-    S_Q: tl.constexpr, S_W: tl.constexpr, G_P: tl.constexpr, G_W: tl.constexpr, z: tl.constexpr,
+def _mix_back(
+    dout, src, A, scale, dsrc, base, dA, start, chunk, T, g_t, s_t, d_t,
+    G_P: tl.constexpr, G_W: tl.constexpr, NEED_SRC: tl.constexpr, NEED_A: tl.constexpr, z: tl.constexpr,
 ):  # fmt: skip
-    """dmA[p, q] = sum_{t, w} dout[t, p, w] src[t, q, w] over the program's tokens, stored as A is."""
+    """The way back through mix, for the program's tokens; each if needed:
+
+    dsrc[t, q, w] = base[t, q, w] + sum_p mA[p, q] dout[t, p, w]        base may be dsrc or None
+    dmA[p, q] = sum_{t, w} dout[t, p, w] src[t, q, w]                   stored as A is
+    """
     BP: tl.constexpr = z.BP
     BQ: tl.constexpr = z.BQ
-    for p0 in range(0, z.P, BP):
-        p = p0 + tl.arange(0, BP)
-        for q0 in range(0, z.Q, BQ):
-            q = q0 + tl.arange(0, BQ)
-            acc = tl.zeros((BP, BQ), tl.float32)
-            for t0 in range(0, chunk, z.BT):
-                t = start + t0 + tl.arange(0, z.BT)
-                for w0 in range(0, z.W, z.BW):
-                    w = w0 + tl.arange(0, z.BW)
-                    g = _fold(_load(dout, t, p, w, T, g_t, G_P, G_W, z.P, z.W))
-                    tile = _fold(_load(src, t, q, w, T, s_t, S_Q, S_W, z.Q, z.W))
+    dtype: tl.constexpr = dout.dtype.element_ty
+    if z.P <= BP and z.Q <= BQ:  # one tile: dout is read once for both
+        p, q = tl.arange(0, BP), tl.arange(0, BQ)
+        if NEED_SRC:
+            a = _mA(A, scale, p[None, :], q[:, None], dtype, z)
+        acc = tl.zeros((BP, BQ), tl.float32)
+        for t0 in range(0, chunk, z.BT):
+            t = start + t0 + tl.arange(0, z.BT)
+            for w0 in range(0, z.W, z.BW):
+                w = w0 + tl.arange(0, z.BW)
+                g = _fold(_load(dout, t, p, w, T, g_t, G_P, G_W, z.P, z.W))
+                if NEED_SRC:
+                    if base is not None:
+                        old = _load(base, t, q, w, T, d_t, z.W, 1, z.Q, z.W)
+                    out = _unfold(tl.dot(a, g, input_precision=z.precision), z.BT)
+                    if base is not None:
+                        out += old.to(tl.float32)
+                    _store(dsrc, out, t, q, w, T, d_t, z.W, 1, z.Q, z.W)
+                if NEED_A:
+                    tile = _fold(_load(src, t, q, w, T, s_t, z.W, 1, z.Q, z.W))
                     acc = tl.dot(g, tl.trans(tile), acc, input_precision=z.precision)
+        if NEED_A:
             inside = (p < z.P)[:, None] & (q < z.Q)[None, :]
             tl.store(dA + _in_A(p[:, None], q[None, :], z), acc, inside)
+    else:
+        if NEED_SRC:
+            _mix(dout, A, scale, dsrc, base, start, chunk, T, g_t, d_t, d_t, G_P, G_W, z.W, 1, True, z)
+        if NEED_A:
+            for p0 in range(0, z.P, BP):
+                p = p0 + tl.arange(0, BP)
+                for q0 in range(0, z.Q, BQ):
+                    q = q0 + tl.arange(0, BQ)
+                    acc = tl.zeros((BP, BQ), tl.float32)
+                    for t0 in range(0, chunk, z.BT):
+                        t = start + t0 + tl.arange(0, z.BT)
+                        for w0 in range(0, z.W, z.BW):
+                            w = w0 + tl.arange(0, z.BW)
+                            g = _fold(_load(dout, t, p, w, T, g_t, G_P, G_W, z.P, z.W))
+                            tile = _fold(_load(src, t, q, w, T, s_t, z.W, 1, z.Q, z.W))
+                            acc = tl.dot(g, tl.trans(tile), acc, input_precision=z.precision)
+                    inside = (p < z.P)[:, None] & (q < z.Q)[None, :]
+                    tl.store(dA + _in_A(p[:, None], q[None, :], z), acc, inside)
 
 
 @triton.jit
-def _gemm_gradient(
-    src, dout, dB, start, chunk, T, s_t, g_t,
-    S_S: tl.constexpr, S_D: tl.constexpr, G_S: tl.constexpr, G_C: tl.constexpr, z: tl.constexpr,
+def _gemm_back(
+    dout, src, B, dsrc, base, dB, start, chunk, T, g_t, s_t, d_t,
+    G_S: tl.constexpr, G_C: tl.constexpr, NEED_SRC: tl.constexpr, NEED_B: tl.constexpr, z: tl.constexpr,
 ):  # fmt: skip
-    """dmB[d, c] = sum_{t, s} src[t, s, d] dout[t, s, c] over the program's tokens, stored as B is."""
+    """The way back through gemm, for the program's tokens; each if needed:
+
+    dsrc[t, s, d] = base[t, s, d] + sum_c dout[t, s, c] mB[d, c]        base may be dsrc or None
+    dmB[d, c] = sum_{t, s} src[t, s, d] dout[t, s, c]                   stored as B is
+    """
     BD: tl.constexpr = z.BD
     BC: tl.constexpr = z.BC
-    for d0 in range(0, z.D, BD):
-        d = d0 + tl.arange(0, BD)
-        for c0 in range(0, z.C, BC):
-            c = c0 + tl.arange(0, BC)
-            acc = tl.zeros((BD, BC), tl.float32)
-            for m0 in range(0, chunk * z.S, z.BM):
-                row = m0 + tl.arange(0, z.BM)
-                t, s = start + row // z.S, row % z.S
-                live = ((row < chunk * z.S) & (t < T))[:, None]
-                tile_at = src + (t * s_t + s * S_S)[:, None] + d[None, :] * S_D
-                tile = tl.load(tile_at, live & (d < z.D)[None, :], other=0.0)
-                g_at = dout + (t * g_t + s * G_S)[:, None] + c[None, :] * G_C
-                g = tl.load(g_at, live & (c < z.C)[None, :], other=0.0)
-                acc = tl.dot(tl.trans(tile), g, acc, input_precision=z.precision)
-            tl.store(dB + _in_B(d[:, None], c[None, :], z), acc, (d < z.D)[:, None] & (c < z.C)[None, :])
+    ONE: tl.constexpr = z.C <= BC  # one tile of c: a pass over the rows gives both
+    dtype: tl.constexpr = dout.dtype.element_ty
+    if NEED_SRC and not (ONE and NEED_B):
+        _gemm(dout, B, dsrc, base, start, chunk, T, g_t, d_t, d_t, G_S, G_C, z.D, 1, True, z)
+    if NEED_B:
+        for d0 in range(0, z.D, BD):
+            d = d0 + tl.arange(0, BD)
+            for c0 in range(0, z.C, BC):
+                c = c0 + tl.arange(0, BC)
+                if NEED_SRC and ONE:
+                    b = _mB(B, d[None, :], c[:, None], dtype, z)
+                acc = tl.zeros((BD, BC), tl.float32)
+                for m0 in range(0, chunk * z.S, z.BM):
+                    t, s, live = _rows_at(m0, start, chunk, T, z)
+                    inside = live & (d < z.D)[None, :]
+                    g = tl.load(dout + t * g_t + s * G_S + c[None, :] * G_C, live & (c < z.C)[None, :], other=0.0)
+                    tile = tl.load(src + t * s_t + s * z.D + d[None, :], inside, other=0.0)
+                    if NEED_SRC and ONE:
+                        if base is not None:
+                            old = tl.load(base + t * d_t + s * z.D + d[None, :], inside, other=0.0)
+                        out = tl.dot(g, b, input_precision=z.precision)
+                        if base is not None:
+                            out += old.to(tl.float32)
+                        tl.store(dsrc + t * d_t + s * z.D + d[None, :], out.to(dsrc.dtype.element_ty), inside)
+                    acc = tl.dot(tl.trans(tile), g, acc, input_precision=z.precision)
+                tl.store(dB + _in_B(d[:, None], c[None, :], z), acc, (d < z.D)[:, None] & (c < z.C)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "chunk"])
@@ -254,22 +332,15 @@ def backward_kernel(
     old_dx = dx if ADD else None
     y_t: tl.constexpr = z.P * z.W if z.b_first else z.S * z.C
     h_t: tl.constexpr = z.Q * z.W if z.b_first else z.P * z.W
+    need: tl.constexpr = NEED_FACTORS
     if z.b_first:
-        _mix(dy, A, scale, dh, None, start, chunk, T, y_t, h_t, 0, z.y_i, z.y_u, z.W, 1, True, z)
+        _mix_back(dy, h, A, scale, dh, None, dA, start, chunk, T, y_t, h_t, h_t, z.y_i, z.y_u, True, need, z)
         tl.debug_barrier()
-        if NEED_X:
-            _gemm(dh, B, dx, old_dx, start, chunk, T, h_t, dx_t, dx_t, z.C, 1, z.D, 1, True, z)
-        if NEED_FACTORS:
-            _mix_gradient(h, dy, dA, start, chunk, T, h_t, y_t, z.W, 1, z.y_i, z.y_u, z)
-            _gemm_gradient(x, dh, dB, start, chunk, T, x_t, h_t, z.D, 1, z.C, 1, z)
+        _gemm_back(dh, x, B, dx, old_dx, dB, start, chunk, T, h_t, x_t, dx_t, z.C, 1, NEED_X, need, z)
     else:
-        _gemm(dy, B, dh, None, start, chunk, T, y_t, h_t, 0, z.y_i, z.y_u, z.D, 1, True, z)
+        _gemm_back(dy, h, B, dh, None, dB, start, chunk, T, y_t, h_t, h_t, z.y_i, z.y_u, True, need, z)
         tl.debug_barrier()
-        if NEED_X:
-            _mix(dh, A, scale, dx, old_dx, start, chunk, T, h_t, dx_t, dx_t, z.W, 1, z.W, 1, True, z)
-        if NEED_FACTORS:
-            _gemm_gradient(h, dy, dB, start, chunk, T, h_t, y_t, z.D, 1, z.y_i, z.y_u, z)
-            _mix_gradient(x, dh, dA, start, chunk, T, x_t, h_t, z.W, 1, z.W, 1, z)
+        _mix_back(dh, x, A, scale, dx, old_dx, dA, start, chunk, T, h_t, x_t, dx_t, z.W, 1, NEED_X, need, z)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -278,26 +349,29 @@ def sum_kernel(
 ):
     """dA = s times, and dB = the sums of `parts` (rows, N_A + N_B) over rows; a program for every COLS columns."""
     e = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    acc = tl.zeros((COLS,), tl.float32)
+    tile = tl.zeros((ROWS, COLS), tl.float32)  # added up across rows once, at the end: loads need not wait for it
     for r0 in range(0, rows, ROWS):
         row = (r0 + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None] & (e < N_A + N_B)[None, :]
-        acc += tl.sum(tl.load(parts + row[:, None] * (N_A + N_B) + e[None, :], inside, other=0.0), 0)
+        tile += tl.load(parts + row[:, None] * (N_A + N_B) + e[None, :], inside, other=0.0)
+    acc = tl.sum(tile, 0)
     tl.store(dA + e, (acc * scale).to(dA.dtype.element_ty), e < N_A)
     tl.store(dB + e - N_A, acc.to(dB.dtype.element_ty), (e >= N_A) & (e < N_A + N_B))
 
 
 WARPS = 4
 STAGES = 2  # tiles in flight a program; several programs share a multiprocessor, and memory is the bottleneck
-SUM_TILE = (16, 128)  # rows, columns of the parts of the gradients that are added at a time
+FORWARD_REGISTERS = 128  # a thread at most, where A is thin: four programs to a multiprocessor instead of three
+SUM_TILE = (128, 32)  # rows, columns of the parts of the gradients that are added at a time; 32 are a line of memory
 SHARED_LIMIT = 99 * 1024  # what a program may have on the smallest supported parts (sm_86, sm_89); others: 163 KiB up
 ACCUMULATOR_LIMIT = 64  # of the 255 registers of a thread; the rest holds operands and addresses
 TILE_BYTES = 128  # a tile's side: one line of memory; in 16-bit dtypes that is also the M = 64 of Hopper's wgmma
 SMALLEST = 16  # what tl.dot takes
-# Tokens a program: as few as give every multiprocessor several programs, as many as pay for reading A and B again
-# (forward) or for writing a part of the gradients (backward). The counts, and so the results, don't vary by device.
-FORWARD_PROGRAMS, FORWARD_CHUNK = 512, 32
-BACKWARD_PROGRAMS, BACKWARD_CHUNK = 128, 128
+# Tokens a program, at least and at most, and the number of programs that decides between: as few tokens as give every
+# multiprocessor several programs, as many as pay for reading A and B again (forward) or for writing a part of the
+# gradients (backward). The counts, and so the results, don't vary by device.
+FORWARD_CHUNK, FORWARD_PROGRAMS = (1, 32), 512
+BACKWARD_CHUNK, BACKWARD_PROGRAMS = (8, 128), 256
 
 
 def shared_bytes(z: Sizes, itemsize: int) -> int:
@@ -318,6 +392,11 @@ def shared_bytes(z: Sizes, itemsize: int) -> int:
 def accumulators(z: Sizes) -> int:
     """fp32 registers a thread that the largest dot's result takes."""
     return max(max(z.BP, z.BQ) * z.BT * z.BW, z.BM * max(z.BD, z.BC), z.BD * z.BC) // (32 * WARPS)
+
+
+def forward_registers(z: Sizes) -> int | None:
+    """Registers a thread that the forward kernel may take. Without a limit where a large tile of A fills them."""
+    return FORWARD_REGISTERS if min(z.BP, z.BQ) == SMALLEST else None
 
 
 @functools.cache  # asked for in every call
@@ -368,12 +447,12 @@ def forward(
     h = x.new_empty(T, plan.intermediate)
     if T:
         z = sizes(plan, x.element_size())
-        chunk = _chunk(T, FORWARD_PROGRAMS, FORWARD_CHUNK, z.BT)
+        chunk = _chunk(T, FORWARD_PROGRAMS, *FORWARD_CHUNK, z.BT)
         base_t = 0 if base is None else base.stride(0)
         with _device_of(x):
             forward_kernel[(triton.cdiv(T, chunk),)](
                 x, _stored(A), _stored(B), base, h, y, T, chunk, x.stride(0), base_t, scale, z,
-                num_warps=WARPS, num_stages=STAGES,
+                num_warps=WARPS, num_stages=STAGES, maxnreg=forward_registers(z),
             )  # fmt: skip
     return h
 
@@ -398,7 +477,7 @@ def backward(
     """
     x, T = _rows(x), x.shape[0]
     z = sizes(plan, x.element_size())
-    chunk = _chunk(T, BACKWARD_PROGRAMS, BACKWARD_CHUNK, z.BT)
+    chunk = _chunk(T, BACKWARD_PROGRAMS, *BACKWARD_CHUNK, z.BT)
     programs, need_x = triton.cdiv(T, chunk), dx is not None
     N_A, N_B = A.numel(), B.numel()
     parts = x.new_empty(programs if need_factors else 0, N_A + N_B, dtype=torch.float32)
@@ -425,8 +504,8 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _chunk(T: int, programs: int, largest: int, BT: int) -> int:
-    return max(BT, min(largest, triton.next_power_of_2(triton.cdiv(max(T, 1), programs))))
+def _chunk(T: int, programs: int, least: int, most: int, BT: int) -> int:
+    return max(BT, least, min(most, triton.next_power_of_2(triton.cdiv(max(T, 1), programs))))
 
 
 def _device_of(x: torch.Tensor) -> AbstractContextManager:
