@@ -62,7 +62,7 @@ def compile_offline(
     }
     options = {"num_warps": triton_kernels.WARPS, "num_stages": triton_kernels.STAGES}
     if kernel == "forward":
-        options["maxnreg"] = triton_kernels.forward_registers(constants["z"])
+        options["maxnreg"] = triton_kernels.forward_registers(constants["z"], dtype.itemsize)
     compiled = triton.compile(
         ASTSource(function, signature, constants, aligned),
         target=GPUTarget("cuda", architecture, 32),

@@ -339,6 +339,28 @@ def test_merged_with_named_adapters():
     assert_same_bits(model, before)
 
 
+def test_merged_restores_a_weight_that_two_layers_share():
+    tied = nn.ModuleDict({"embed": nn.Embedding(20, 8), "head": nn.Linear(8, 20, bias=False)})
+    tied["head"].weight = tied["embed"].weight
+    model = get_peft_model(tied, config(["embed", "head"]))
+    before = snapshot(model)
+    with warnings.catch_warnings(), peft_krona.merged(model):
+        warnings.simplefilter("error")
+    assert_same_bits(model, before)
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["merge_adapter", "merge_and_unload"])
+def test_a_base_merged_in_inference_mode_can_be_trained(keep):
+    model, x = adapted_mlp(), torch.randn(3, 10)
+    with torch.inference_mode():
+        if keep:
+            model.merge_adapter()
+        else:
+            model = model.merge_and_unload()
+    model.requires_grad_(True)
+    model(x).sum().backward()
+
+
 def test_merged_on_a_bare_unet():
     model = unet()
     model.add_adapter(KronAConfig(a_out=8, a_in=2, init_weights=False), "a")

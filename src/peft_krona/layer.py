@@ -234,6 +234,10 @@ class KronALayer(nn.Module, BaseTunerLayer):
         if not adapter_names:
             return
         self.check_merge(adapter_names, check_finite=safe_merge)
+        with _ordinary_tensors():
+            self._merge(adapter_names)
+
+    def _merge(self, adapter_names: list[str]) -> None:
         snapshot = self._snapshot
         if snapshot is None or not snapshot.untouched():
             if snapshot is not None:  # merged before, and changed by something else since: add to what is there
@@ -253,12 +257,13 @@ class KronALayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if self._snapshot.untouched():
-            self._snapshot.restore()
-        else:
-            delta = self._summed_delta([name for name in self.merged_adapters if name in self.krona_A])
-            weight = self.get_base_weight()
-            self.set_base_weight(subtract_with_warning(weight, delta.to(weight.device), type(self).__name__))
+        with _ordinary_tensors():
+            if self._snapshot.untouched():
+                self._snapshot.restore()
+            else:
+                delta = self._summed_delta([name for name in self.merged_adapters if name in self.krona_A])
+                weight = self.get_base_weight()
+                self.set_base_weight(subtract_with_warning(weight, delta.to(weight.device), type(self).__name__))
         self.merged_adapters.clear()
         self._snapshot = None
 
@@ -283,25 +288,26 @@ class KronALayer(nn.Module, BaseTunerLayer):
         names = [] if self.merged else [name for name in self.active_adapters if name in self.scaling]
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if "_hf_hook" in self._modules["krona_A"].__dict__:
+        state = self._modules["krona_A"].__dict__
+        if "_hf_hook" in state or "_diffusers_hook" in state:
             with self._onloaded():
                 return self._adapted(x, names, *args, **kwargs)
         return self._adapted(x, names, *args, **kwargs)
 
     @contextmanager
     def _onloaded(self) -> Iterator[None]:
-        """The factors where they are computed with, where accelerate has offloaded them.
+        """The factors where they are computed with, where accelerate or diffusers has offloaded them.
 
-        Its hooks bring a module's tensors when the module is called, which the factors' dicts never are.
+        Their hooks bring a module's tensors when the module is called, which the factors' dicts never are.
         """
-        dicts = [factors for factors in (self.krona_A, self.krona_B) if "_hf_hook" in factors.__dict__]
-        for factors in dicts:
-            factors._hf_hook.pre_forward(factors)
+        hooks = [(hook, factors) for factors in (self.krona_A, self.krona_B) for hook in _offloading_hooks(factors)]
+        for hook, factors in hooks:
+            hook.pre_forward(factors)
         try:
             yield
         finally:
-            for factors in dicts:
-                factors._hf_hook.post_forward(factors, None)
+            for hook, factors in hooks:
+                hook.post_forward(factors, None)
 
     def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -343,6 +349,20 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "krona." + super().__repr__()
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """No graph, and no inference tensors inside torch.inference_mode either: a base weight must stay trainable."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _offloading_hooks(module: nn.Module) -> list[Any]:
+    """accelerate's hook and diffusers' hooks of a module."""
+    state = module.__dict__
+    hooks = [state["_hf_hook"]] if "_hf_hook" in state else []
+    return hooks + (list(state["_diffusers_hook"].hooks.values()) if "_diffusers_hook" in state else [])
 
 
 class Linear(KronALayer):
@@ -401,6 +421,7 @@ class Linear(KronALayer):
             or state["_forward_pre_hooks"]
             or state["_backward_hooks"]
             or state["_backward_pre_hooks"]
+            or nn.modules.module._has_any_global_hook()
             or self.quantization_backend is not None
             or (self.training and type(self._modules["krona_dropout"]._modules[name]) is not nn.Identity)
         ):

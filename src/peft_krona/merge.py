@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
 from .errors import MergeError
@@ -47,12 +48,15 @@ def merged(model: nn.Module, adapter_names: list[str] | None = None, safe_merge:
     layers = [layer for layer in layers if not layer.merged]
     if safe_merge:
         for layer in layers:
-            layer.check_merge(adapter_names, check_finite=True)
+            with onload_layer(layer):
+                layer.check_merge(adapter_names, check_finite=True)
     try:
         for layer in layers:
-            layer.merge(adapter_names=adapter_names)
+            with onload_layer(layer):
+                layer.merge(adapter_names=adapter_names)
         yield model
     finally:
-        for layer in layers:
+        for layer in reversed(layers):  # two layers may share a weight
             if layer.merged:
-                layer.unmerge()
+                with onload_layer(layer):
+                    layer.unmerge()

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
@@ -115,7 +115,7 @@ class KronAModel(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         marker, end = f".{cls.prefix}", f".{adapter_name}"
-        wanted = {key: None for key in model.state_dict() if marker in key and key.endswith(end)}
+        wanted = {key: None for key, _ in model.named_parameters() if marker in key and key.endswith(end)}
         problems = [f"no weights for {key.removesuffix(end)}" for key in wanted if key not in remapped]
         problems += [f"no layer for {key}" for key in remapped if marker in key and key not in wanted]
         if problems:
@@ -130,7 +130,8 @@ class KronAModel(BaseTuner):
     def _check_all_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         for module in self.model.modules():
             if isinstance(module, KronALayer):
-                module.check_merge(adapter_names, check_finite=safe_merge)
+                with onload_layer(module):  # where accelerate has offloaded it
+                    module.check_merge(adapter_names, check_finite=safe_merge)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights; `unmerge_adapter` restores these bit for bit.

@@ -49,7 +49,9 @@ class FusedAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A, B, base, weight, bias, plan: Plan, scale: float):
         y, h = _forward(x, A, B, base, weight, bias, scale, plan)
-        ctx.save_for_backward(x, A, B, weight, h)
+        need_x, need_A, need_B = ctx.needs_input_grad[:3]
+        x, h = (x, h) if need_A or need_B else (None, None)  # a frozen adapter's dX needs neither
+        ctx.save_for_backward(x, A, B, weight if need_x else None, h)
         ctx.plan, ctx.scale = plan, scale
         return y
 
@@ -86,7 +88,7 @@ def _backward(dy, x, h, A, B, weight, scale, plan, need_x, need_factors):
         with no_autocast(dy.device):
             dx = dy @ weight
     elif need_x:
-        dx = dy.new_empty(x.shape)
+        dx = dy.new_empty(*dy.shape[:-1], plan.a_in * plan.b_in)
     rows = (t if t is None else t.reshape(-1, t.shape[-1]) for t in (dy, x, dx))
     return dx, *triton_kernels.backward(*rows, h, A, B, scale, plan, add, need_factors)
 

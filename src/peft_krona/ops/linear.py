@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import BackendError, ShapeError
-from .backend import choose_backend
+from .backend import choose_backend, differentiates_or_traces_ops
 from .library import fused_add
 from .mix import MANY
 from .torch_impl import KronAdd, Plan, accumulated, autocasts, factored, no_autocast, prepared, scaled_by_number
@@ -115,6 +115,9 @@ def _plan(
             f"Expected A and B on x's device, {x.device}, got them on {A.device} and {B.device}, where they have no "
             "values. Add and load adapters before the model is offloaded."
         )
+    if x.is_nested or x.layout != torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise ShapeError(f"Expected x as an ordinary (strided) tensor, got a {kind} one. Pad it, or make it dense.")
     if not x.dim() or x.shape[-1] != plan.a_in * plan.b_in:
         raise ShapeError(
             f"Expected x with a last dimension of a_in * b_in = {plan.a_in} * {plan.b_in} = {plan.a_in * plan.b_in}, "
@@ -163,8 +166,12 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _needs_plain_ops() -> bool:
-    """Under torch.compile and torch.func transforms the op is ordinary torch: they differentiate it themselves."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether the op is to be ordinary torch: for all that looks at, records or differentiates its single ops.
+
+    A dispatch mode is one of them: selective activation checkpointing keeps the results of chosen ops, which must then
+    not be added to in place.
+    """
+    return torch.compiler.is_compiling() or differentiates_or_traces_ops() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _apply(

@@ -63,10 +63,14 @@ def _operands(A: torch.Tensor, h: torch.Tensor, layout: str, form: str) -> tuple
 
 
 def mix_backward(
-    dy: torch.Tensor, A: torch.Tensor, h: torch.Tensor, need_h: bool, need_A: bool, layout: str, form: str
+    dy: torch.Tensor, A: torch.Tensor, h: torch.Tensor | None, need_h: bool, need_A: bool, layout: str, form: str
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The gradients (T, Q, u) of h and (I, Q) of A, the latter in at least fp32, each if needed, from dy (..., I u)."""
-    (T, Q, u), a_out = h.shape, len(A)
+    """The gradients (T, Q, u) of h and (I, Q) of A, the latter in at least fp32, each if needed, from dy (..., I u).
+
+    h is only read for the second.
+    """
+    (a_out, Q), n_out = A.shape, dy.shape[-1]
+    T, u = dy.numel() // n_out, n_out // a_out
     dh = dA = None
     if form == "expanded":
         dy = dy.view(T, a_out * u)

@@ -136,6 +136,8 @@ class Plan(NamedTuple):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """(dX (T, in), dA, dB) from dy (..., out), x (..., in) and the intermediate, each only if `needs` says so.
 
+        For dX alone x and the intermediate may be None.
+
         dA and dB are of A's and B's shape and contiguous, as DistributedDataParallel wants them.
         """
         of_order = self._backward_b_first if self.order == "b_first" else self._backward_a_first
@@ -150,7 +152,7 @@ class Plan(NamedTuple):
                 dA = dA.reshape(a_out, a_in, r).permute(2, 0, 1)
             dA = dA.contiguous().view(r, a_out, a_in)
         if dU is not None:
-            rows = len(U) * a_in
+            rows = len(dU) * a_in
             dU = dU.view(rows, r * b_out)
             if need_B:
                 dB = torch.mm(dU.t(), x.view(rows, b_in)).view(r, b_out, b_in)
@@ -160,8 +162,8 @@ class Plan(NamedTuple):
 
     def _backward_a_first(self, dy, x, V, mA, mB, need_x, need_A, need_B):
         r, a_out, a_in, b_out, b_in, layout, _, _ = self
-        T = V.shape[0]
-        X = x.view(T, a_in, b_in)
+        T = dy.numel() // (a_out * b_out)
+        X = x.view(T, a_in, b_in) if need_A else None
         dX = dA = dB = None
         if layout == "kron":
             g = dy.view(T * a_out, b_out)
@@ -255,8 +257,11 @@ class KronAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A, B, base, weight, bias, plan: Plan, scale: float):
         y, h, (sA, sB) = accumulated(x, A, B, base, weight, bias, plan, scale)
+        need_x, need_A, need_B = ctx.needs_input_grad[:3]
+        x, h = (x, h) if need_A or need_B else (None, None)  # a frozen adapter's dX needs neither
         # factors that were neither scaled nor cast are not saved twice
-        ctx.save_for_backward(x, A, B, h, None if sA is A else sA, None if sB is B else sB, weight)
+        sA, sB = None if sA is A else sA, None if sB is B else sB
+        ctx.save_for_backward(x, A, B, h, sA, sB, weight if need_x else None)
         ctx.plan, ctx.scale = plan, scale
         return y
 
@@ -272,16 +277,16 @@ def _gradients(ctx, dy):
     x, A, B, h, sA, sB, weight = ctx.saved_tensors
     plan, scale, dy = ctx.plan, ctx.scale, dy.contiguous()
     if torch.is_grad_enabled():  # create_graph=True: what was computed without a graph must become part of one
-        mA, mB = plan.matrices(*prepared(A, B, scale, x.dtype))
-        h = plan.first(x, mA, mB)
+        mA, mB = plan.matrices(*prepared(A, B, scale, dy.dtype))
+        h = None if x is None else plan.first(x, mA, mB)
     else:
         mA, mB = plan.matrices(A if sA is None else sA, B if sB is None else sB)
     dX, dA, dB = plan.backward(dy, x, h, mA, mB, ctx.needs_input_grad)
     if dX is not None:
         if weight is not None:  # the large GEMM reads dX as it goes: quicker than adding the adapter's part last
             dX.addmm_(dy if dy.dim() == 2 else dy.view(-1, dy.shape[-1]), weight)
-        if x.dim() != 2:
-            dX = dX.view(x.shape)
+        if dy.dim() != 2:
+            dX = dX.view(*dy.shape[:-1], dX.shape[-1])
     if dA is not None:
         if scale != 1:
             dA = dA * scale

@@ -23,6 +23,7 @@ parts in a fixed order. No float atomics, so two runs are bitwise equal.
 from __future__ import annotations
 
 import functools
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -84,31 +85,49 @@ def _in_B(d, c, z: tl.constexpr):
     return at
 
 
+# Tensors move as tiles of three dimensions, in the order that gives neighbouring lanes neighbouring bytes. Where lanes
+# are left after the last dimension, Triton up to 3.6 takes the first one next, from 3.7 on the second one.
+TOKENS_FIRST: tl.constexpr = tl.constexpr(tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7))
+
+
+@triton.jit
+def _at(t, a, b):
+    """The indices of a tile: tokens, the middle index, the last index. The tile is (t, a, b), or (a, t, b)."""
+    if TOKENS_FIRST:
+        return t[:, None, None], a[None, :, None], b[None, None, :]
+    else:
+        return t[None, :, None], a[:, None, None], b[None, None, :]
+
+
 @triton.jit
 def _load(src, t, a, b, T, s_t, S_A, S_B, N_A, N_B):
-    """src[t, a, b] as a (t, a, b) tile, 0 outside. In this shape neighbouring lanes read neighbouring bytes."""
-    inside = (t < T)[:, None, None] & (a < N_A)[None, :, None] & (b < N_B)[None, None, :]
-    return tl.load(src + t[:, None, None] * s_t + a[None, :, None] * S_A + b[None, None, :] * S_B, inside, other=0.0)
-
-
-@triton.jit
-def _fold(tile):
-    """(t, a, b) -> (a, t b), what a dot takes."""
-    return tl.reshape(tl.permute(tile, (1, 0, 2)), (tile.shape[1], tile.shape[0] * tile.shape[2]))
-
-
-@triton.jit
-def _unfold(tile, BT: tl.constexpr):
-    """(a, t b) -> (t, a, b)."""
-    return tl.permute(tl.reshape(tile, (tile.shape[0], BT, tile.shape[1] // BT)), (1, 0, 2))
+    """src[t, a, b] as a tile, 0 outside."""
+    t, a, b = _at(t, a, b)
+    return tl.load(src + t * s_t + a * S_A + b * S_B, (t < T) & (a < N_A) & (b < N_B), other=0.0)
 
 
 @triton.jit
 def _store(dst, tile, t, a, b, T, d_t, D_A, D_B, N_A, N_B):
-    """dst[t, a, b] = tile (t, a, b), in dst's dtype."""
-    inside = (t < T)[:, None, None] & (a < N_A)[None, :, None] & (b < N_B)[None, None, :]
-    at = dst + t[:, None, None] * d_t + a[None, :, None] * D_A + b[None, None, :] * D_B
-    tl.store(at, tile.to(dst.dtype.element_ty), inside)
+    """dst[t, a, b] = tile, in dst's dtype."""
+    t, a, b = _at(t, a, b)
+    tl.store(dst + t * d_t + a * D_A + b * D_B, tile.to(dst.dtype.element_ty), (t < T) & (a < N_A) & (b < N_B))
+
+
+@triton.jit
+def _fold(tile):
+    """A tile as (a, t b), what a dot takes."""
+    if TOKENS_FIRST:
+        tile = tl.permute(tile, (1, 0, 2))
+    return tl.reshape(tile, (tile.shape[0], tile.shape[1] * tile.shape[2]))
+
+
+@triton.jit
+def _unfold(matrix, BT: tl.constexpr):
+    """(a, t b) as a tile."""
+    tile = tl.reshape(matrix, (matrix.shape[0], BT, matrix.shape[1] // BT))
+    if TOKENS_FIRST:
+        tile = tl.permute(tile, (1, 0, 2))
+    return tile
 
 
 @triton.jit
@@ -360,18 +379,17 @@ def sum_kernel(
 
 
 WARPS = 4
-STAGES = 2  # tiles in flight a program; several programs share a multiprocessor, and memory is the bottleneck
-FORWARD_REGISTERS = 128  # a thread at most, where A is thin: four programs to a multiprocessor instead of three
+STAGES = 3  # buffers of a pipelined load; with two, Triton waits for each tile before it asks for the next
+FORWARD_REGISTERS = 128  # a thread at most, in 16 bits with a thin A: four programs to a multiprocessor, not three
 SUM_TILE = (128, 32)  # rows, columns of the parts of the gradients that are added at a time; 32 are a line of memory
 SHARED_LIMIT = 99 * 1024  # what a program may have on the smallest supported parts (sm_86, sm_89); others: 163 KiB up
 ACCUMULATOR_LIMIT = 64  # of the 255 registers of a thread; the rest holds operands and addresses
 TILE_BYTES = 128  # a tile's side: one line of memory; in 16-bit dtypes that is also the M = 64 of Hopper's wgmma
 SMALLEST = 16  # what tl.dot takes
-# Tokens a program, at least and at most, and the number of programs that decides between: as few tokens as give every
-# multiprocessor several programs, as many as pay for reading A and B again (forward) or for writing a part of the
-# gradients (backward). The counts, and so the results, don't vary by device.
-FORWARD_CHUNK, FORWARD_PROGRAMS = (1, 32), 512
-BACKWARD_CHUNK, BACKWARD_PROGRAMS = (8, 128), 256
+# Programs that shall share the tokens, so that every multiprocessor has several, and most tokens for one. The counts,
+# and so the results, don't vary by device. The least tokens for one depend on the factors: see `_chunk`.
+FORWARD_PROGRAMS, FORWARD_CHUNK = 512, 32
+BACKWARD_PROGRAMS, BACKWARD_CHUNK = 256, 128
 
 
 def shared_bytes(z: Sizes, itemsize: int) -> int:
@@ -394,9 +412,9 @@ def accumulators(z: Sizes) -> int:
     return max(max(z.BP, z.BQ) * z.BT * z.BW, z.BM * max(z.BD, z.BC), z.BD * z.BC) // (32 * WARPS)
 
 
-def forward_registers(z: Sizes) -> int | None:
-    """Registers a thread that the forward kernel may take. Without a limit where a large tile of A fills them."""
-    return FORWARD_REGISTERS if min(z.BP, z.BQ) == SMALLEST else None
+def forward_registers(z: Sizes, itemsize: int) -> int | None:
+    """Registers a thread that the forward kernel may take; None where that few would spill many."""
+    return FORWARD_REGISTERS if itemsize == 2 and min(z.BP, z.BQ) == SMALLEST else None
 
 
 @functools.cache  # asked for in every call
@@ -415,7 +433,8 @@ def sizes(plan: Plan, itemsize: int) -> Sizes:
         return min(tile, max(smallest, triton.next_power_of_2(side)))
 
     BW = fit(W, 1)
-    tiles = (2 * tile // BW, fit(P), fit(Q), BW, tile, fit(D), fit(C))
+    columns = max(tile, min(2 * tile, 4 * BW))  # fewer where rows are short: they are moved in smaller pieces
+    tiles = (columns // BW, fit(P), fit(Q), BW, tile, fit(D), fit(C))
     y_i, y_u = (b_out, 1) if kron else (1, a_out)
     z = Sizes(b_first, r, a_out, a_in, b_out, b_in, y_i, y_u, P, Q, W, S, D, C, *tiles)
     while shared_bytes(z, itemsize) > SHARED_LIMIT or accumulators(z) > ACCUMULATOR_LIMIT:
@@ -447,21 +466,22 @@ def forward(
     h = x.new_empty(T, plan.intermediate)
     if T:
         z = sizes(plan, x.element_size())
-        chunk = _chunk(T, FORWARD_PROGRAMS, *FORWARD_CHUNK, z.BT)
+        read_again, moved = 4 * (A.numel() + B.numel()), x.element_size() * (x.shape[1] + 2 * y.shape[1])
+        chunk = _chunk(T, FORWARD_PROGRAMS, FORWARD_CHUNK, z.BT, read_again / moved)
         base_t = 0 if base is None else base.stride(0)
         with _device_of(x):
             forward_kernel[(triton.cdiv(T, chunk),)](
                 x, _stored(A), _stored(B), base, h, y, T, chunk, x.stride(0), base_t, scale, z,
-                num_warps=WARPS, num_stages=STAGES, maxnreg=forward_registers(z),
+                num_warps=WARPS, num_stages=STAGES, maxnreg=forward_registers(z, x.element_size()),
             )  # fmt: skip
     return h
 
 
 def backward(
     dy: torch.Tensor,
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     dx: torch.Tensor | None,
-    h: torch.Tensor,
+    h: torch.Tensor | None,
     A: torch.Tensor,
     B: torch.Tensor,
     scale: float,
@@ -472,21 +492,23 @@ def backward(
     """dX into dx; returns (dA, dB) in the dtypes of A and B, None for both if they are not needed.
 
     Args:
-        dy: (T, out), contiguous. x, h: as in `forward`.
+        dy: (T, out), contiguous. x, h: as in `forward`; not read without `need_factors`.
         dx: (T, in), contiguous, to write to, or with `add` to add to. None if dX is not needed.
     """
-    x, T = _rows(x), x.shape[0]
-    z = sizes(plan, x.element_size())
-    chunk = _chunk(T, BACKWARD_PROGRAMS, *BACKWARD_CHUNK, z.BT)
+    x, T = None if x is None else _rows(x), dy.shape[0]
+    z = sizes(plan, dy.element_size())
+    N_A, N_B, n_in = A.numel(), B.numel(), plan.a_in * plan.b_in
+    parts_moved, moved = 8 * (N_A + N_B), dy.element_size() * (dy.shape[1] + 3 * n_in)  # written and read in fp32
+    chunk = _chunk(T, BACKWARD_PROGRAMS, BACKWARD_CHUNK, z.BT, parts_moved / moved)
     programs, need_x = triton.cdiv(T, chunk), dx is not None
-    N_A, N_B = A.numel(), B.numel()
-    parts = x.new_empty(programs if need_factors else 0, N_A + N_B, dtype=torch.float32)
+    parts = dy.new_empty(programs if need_factors else 0, N_A + N_B, dtype=torch.float32)
     dA = dB = None
-    with _device_of(x):
+    with _device_of(dy):
         if T and (need_x or need_factors):
+            dh, x_t = dy.new_empty(T, plan.intermediate), 0 if x is None else x.stride(0)
             backward_kernel[(programs,)](
-                dy, x, h, _stored(A), _stored(B), torch.empty_like(h), dx, parts, T, chunk, x.stride(0),
-                x.shape[1], scale, add, need_x, need_factors, z, num_warps=WARPS, num_stages=STAGES,
+                dy, x, h, _stored(A), _stored(B), dh, dx, parts, T, chunk, x_t, n_in,
+                scale, add, need_x, need_factors, z, num_warps=WARPS, num_stages=STAGES,
             )  # fmt: skip
         if need_factors:
             dA, dB = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (A, B))
@@ -504,8 +526,14 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _chunk(T: int, programs: int, least: int, most: int, BT: int) -> int:
-    return max(BT, least, min(most, triton.next_power_of_2(triton.cdiv(max(T, 1), programs))))
+def _chunk(T: int, programs: int, most: int, BT: int, overhead: float) -> int:
+    """Tokens a program, a power of two.
+
+    overhead: bytes that every program moves besides its tokens (the factors, its part of their gradients) over the
+        bytes of a token. A program gets tokens enough that they are the greater share.
+    """
+    wanted = triton.next_power_of_2(triton.cdiv(max(T, 1), programs))
+    return max(BT, triton.next_power_of_2(math.ceil(overhead)), min(most, wanted))
 
 
 def _device_of(x: torch.Tensor) -> AbstractContextManager:
