@@ -6,7 +6,7 @@
 # Parts run in order of importance. One that takes longer than its budget is stopped; its file keeps the cases that were
 # through. The exit status is 0 if every part came to its end. Whether the kernels are right is another command:
 #
-#   python -m pytest -m gpu tests/test_triton.py tests/test_tuning.py
+#   python -m pytest -n 8 -m gpu tests/test_triton.py tests/test_tuning.py
 #
 # Estimates for an H100 with 16 cores and empty caches (never run there), each with 15 s for the imports:
 #   layer          95 s: 16 cases, of each 2 s of timing and up to 3 s in which kernels are compiled and "auto" measures
@@ -47,7 +47,7 @@ part() { # part <budget in seconds> <name of the file> <arguments of benchmarks.
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm --format=csv || true
-echo "Test the kernels: $python -m pytest -m gpu tests/test_triton.py tests/test_tuning.py"
+echo "Test the kernels: $python -m pytest -n 8 -m gpu tests/test_triton.py tests/test_tuning.py"
 mkdir -p "$out"
 rm -f "$PEFT_KRONA_CACHE"/*.json "$out"/*-cuda.json # measure everything anew
 

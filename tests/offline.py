@@ -26,11 +26,15 @@ SHAPES = {
 
 
 class Resources(NamedTuple):
-    """Of a compiled kernel: registers a thread, bytes of stack a thread (spills), bytes of shared memory a program."""
+    """Of a compiled kernel: registers a thread, bytes of stack a thread (spills), bytes of shared memory a program.
+
+    token_lanes: over how many tokens the lanes of a warp are spread where tiles of three dimensions are stored.
+    """
 
     registers: int
     stack: int
     shared: int
+    token_lanes: int
 
 
 def compile_offline(
@@ -74,7 +78,16 @@ def compile_offline(
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return Resources(int(registers), int(stack), compiled.metadata.shared)
+    return Resources(int(registers), int(stack), compiled.metadata.shared, _token_lanes(compiled.asm["ttgir"]))
+
+
+def _token_lanes(ttgir: str) -> int:
+    from peft_krona.ops import triton_kernels
+
+    layouts = set(re.findall(r"tt\.store .*tensor<\d+x\d+x\d+x!tt\.ptr<\w+>, (#\w+)>", ttgir))
+    tokens = 0 if triton_kernels.TOKENS_FIRST else 1
+    lanes = [re.search(rf"{name} = .*threadsPerWarp = \[(\d+), (\d+), ", ttgir).groups() for name in layouts]
+    return max(int(each[tokens]) for each in lanes)
 
 
 class NoDevice:
@@ -112,7 +125,11 @@ class NoDevice:
 
 
 if __name__ == "__main__":
-    print("| kernel | shape | layout | dtype | add | arch | registers | stack (B) | shared (B) |\n" + "|---" * 9 + "|")
+    print(
+        "| kernel | shape | layout | dtype | add | arch | registers | stack (B) | shared (B) | token lanes |\n"
+        + "|---" * 10
+        + "|"
+    )
     for row in itertools.product(
         ("forward", "backward"),
         SHAPES,

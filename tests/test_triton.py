@@ -174,6 +174,31 @@ def test_two_runs_are_bitwise_equal(order):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("sizes", [(1, 64, 4, 20, 320), (1, 64, 8, 10, 80)], ids=str)
+def test_many_programs_repeat_their_bits(sizes, order):
+    """A program that read what another thread has not written yet would give another result now and then."""
+    r, a_out, a_in, b_out, b_in = sizes
+    x, A, B, dy = (
+        torch.randn(*shape, device="cuda").to(dtype).requires_grad_()
+        for shape, dtype in (
+            ((4096, a_in * b_in), torch.bfloat16),
+            ((r, a_out, a_in), torch.float32),
+            ((r, b_out, b_in), torch.float32),
+            ((4096, a_out * b_out), torch.bfloat16),
+        )
+    )
+    W = torch.randn(a_out * b_out, a_in * b_in, device="cuda", dtype=torch.bfloat16)
+    first = None
+    for _ in range(20):
+        y = fused_add(x, A, B, 0.5, None, W, None, Plan.of(A, B, "kron", order))
+        run = (y.detach(), *torch.autograd.grad(y, (x, A, B), dy))
+        first = first or run
+        assert all(torch.equal(a, b) for a, b in zip(first, run, strict=True))
+
+
 @runs_kernels
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (1, 2)], ids=["x", "A", "B", "A and B"])
 def test_only_some_gradients(needed):
@@ -323,7 +348,7 @@ def test_a_model_trains_the_same_on_both_backends(monkeypatch):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(640, 1280), nn.GELU(), nn.Linear(1280, 640)).cuda()
         model = get_peft_model(model, KronAConfig(target_modules=["0", "2"]))
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         x, target = torch.randn(256, 640, device="cuda"), torch.randn(256, 640, device="cuda")
         losses[name] = []
         for _ in range(20):
@@ -394,7 +419,9 @@ def test_compiles_within_the_limits(variant):
     assert architecture in ARCHITECTURES
     taken = compile_offline(kernel, SHAPES[shape], layout, dtype, architecture, add)
     assert taken.shared <= 99 * 1024  # the smallest limit of all supported parts; sm_80 has 163 KiB, sm_90 up 227 KiB
-    assert taken.stack <= 64, taken  # a few values a thread: no harm
+    assert taken.stack <= (256 if architecture == 80 else 64), taken  # spilled; sm_80 holds operands in registers
+    if (kernel, layout, dtype.itemsize) == ("forward", "kron", 2):
+        assert taken.token_lanes == 1, taken  # lanes along the tokens would touch a line of memory each
 
 
 @pytest.mark.skipif(_offline_reason() is not None, reason=str(_offline_reason()))

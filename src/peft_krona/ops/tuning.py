@@ -27,7 +27,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .backend import why_not_triton
+from .backend import differentiates_or_traces_ops, why_not_triton
 from .mix import FORMS, can_pair
 from .torch_impl import Plan, no_autocast
 
@@ -87,7 +87,7 @@ def _may_measure(x: torch.Tensor) -> bool:
     """Not in CI, and only where tensors are real and a few more runs of the op go unnoticed."""
     return not (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        or differentiates_or_traces_ops()
         or type(x) not in (torch.Tensor, torch.nn.Parameter)
         or _get_current_dispatch_mode() is not None
         or x.device.type not in ("cpu", "cuda")
@@ -172,7 +172,10 @@ def measure(
 def _random_step(
     plan: Plan, tokens: int, device: torch.device, dtype: torch.dtype, into: str, run: Run
 ) -> Callable[[str], list[torch.Tensor]]:
-    """Forward and backward by a candidate: y, dx, dA, dB, of values from an own generator."""
+    """Forward and backward by a candidate: y, dx, dA, dB, of values from an own generator.
+
+    Factors have at least fp32, as PEFT keeps them under a 16-bit model: casting them is part of what a candidate costs.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, terms: int = 1) -> torch.Tensor:  # products of so many terms are near 1
@@ -181,6 +184,7 @@ def _random_step(
     r, a_out, a_in, b_out, b_in = plan[:5]
     n_out, n_in = a_out * b_out, a_in * b_in
     x, A, B = normal(tokens, n_in), normal(r, a_out, a_in, terms=r * a_in), normal(r, b_out, b_in, terms=b_in)
+    A, B = (t.to(torch.promote_types(dtype, torch.float32)) for t in (A, B))
     leaves, dy = [t.requires_grad_() for t in (x, A, B)], normal(tokens, n_out)
     base = normal(tokens, n_out) if into == "base" else None
     weight = normal(n_out, n_in, terms=n_in) if into == "linear" else None
