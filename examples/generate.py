@@ -4,7 +4,8 @@
     python examples/generate.py --adapter my-dog --prompt "a sks dog on the moon" "a sks dog in the rain" --seed 0 1 2
     python examples/generate.py --adapter my-dog --prompt "a sks dog on the moon" --compare --scale 0.8 --merged
 
-Every pair of prompt and seed is one image. The base model is the one that the adapter was trained on, unless
+Every pair of prompt and seed is one image, in a file "<number of the prompt>-<its words>-<seed>-<base or adapter>.png";
+files of these names in --output_dir are replaced. The base model is the one that the adapter was trained on, unless
 --pretrained_model_name_or_path names another.
 """
 
@@ -15,6 +16,7 @@ import contextlib
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from examples.dreambooth import TrainingError
 from examples.dreambooth.adapters import load_adapters
+from examples.dreambooth.arguments import positive_int
 from examples.dreambooth.evaluate import for_sampling, load_pipeline
 from peft_krona import merged
+from peft_krona.convert import read_adapter
 from peft_krona.errors import KronAError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,26 +43,46 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--adapter", help="Folder of a trained adapter, or an id on the Hub.")
+    parser.add_argument("--adapter", help="Folder or file of a trained adapter, or an id on the Hub.")
     parser.add_argument("--pretrained_model_name_or_path", help="Base model; default: the one in the adapter's config.")
     parser.add_argument("--refiner", help="SDXL: a refiner pipeline for the last steps.")
     parser.add_argument("--refiner_start", type=float, default=0.8, help="Share of the steps before the refiner.")
     parser.add_argument("--prompt", nargs="+", required=True, help="One or more.")
     parser.add_argument("--negative_prompt", help="What not to show.")
-    parser.add_argument("--seed", nargs="+", type=int, default=[0], help="One or more (default: 0).")
+    parser.add_argument("--seed", nargs="+", type=seed_number, default=[0], help="One or more (default: 0).")
     parser.add_argument("--scale", type=float, default=1.0, help="Strength of the adapter; 0 is the base model.")
-    parser.add_argument("--merged", action="store_true", help="Merge the adapter into the weights while sampling.")
+    parser.add_argument(
+        "--merged", action="store_true", help="Merge the KronA adapter into the weights while sampling."
+    )
     parser.add_argument("--compare", action="store_true", help="Also draw with the base model, rows side by side.")
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="The paper's (default: 50).")
+    parser.add_argument("--num_inference_steps", type=positive_int, default=50, help="The paper's (default: 50).")
     parser.add_argument("--guidance_scale", type=float, default=7.0, help="The paper finds 7 best (default).")
     parser.add_argument("--height", type=int, help="Default: what the pipeline makes.")
     parser.add_argument("--width", type=int, help="Default: what the pipeline makes.")
-    parser.add_argument("--batch_size", type=int, default=4, help="Images at once (default: 4).")
+    parser.add_argument("--batch_size", type=positive_int, default=4, help="Images at once (default: 4).")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="Default: fp16 on a GPU, else fp32.")
-    parser.add_argument("--device", help="Default: the GPU, if there is one.")
+    parser.add_argument("--device", type=device_name, help="Default: the GPU, if there is one.")
     parser.add_argument("--offload", action="store_true", help="Keep models on the CPU until they are needed.")
     parser.add_argument("--output_dir", default="output/generated", help="Default: output/generated.")
     return parser
+
+
+def seed_number(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**64 - 1, received {text!r}")
+    return value
+
+
+def device_name(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # the latter: torch was built without this kind of device
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(
+            f"expected a device such as cpu or cuda:0, received {text!r} ({reason})"
+        ) from error
+    return text
 
 
 def main(args: argparse.Namespace) -> list[Path]:
@@ -67,7 +91,12 @@ def main(args: argparse.Namespace) -> list[Path]:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[args.dtype or ("fp16" if device.startswith("cuda") else "fp32")]
     jobs = [(prompt, seed) for prompt in args.prompt for seed in args.seed]
-    pipe = load_pipeline(base_model(args), dtype)
+    configs = adapter_configs(args.adapter)
+    if args.merged:
+        check_merging(args.adapter, configs)
+    base = args.pretrained_model_name_or_path or base_model(args.adapter, configs)
+    output = writable_folder(args.output_dir)  # before the work, not after it
+    pipe = load_pipeline(base, dtype)
     refiner = load_refiner(args, pipe, dtype)
     for part in filter(None, (pipe, refiner)):
         part.enable_model_cpu_offload(device=device) if args.offload else part.to(device)
@@ -81,16 +110,14 @@ def main(args: argparse.Namespace) -> list[Path]:
         with merged_models([getattr(pipe, name) for name in components] if args.merged else []):
             rows.append(("adapter", draw(pipe, refiner, jobs, args)))
 
-    output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    n = len(args.seed)
     files = []
     for kind, images in rows:
-        for (prompt, seed), image in zip(jobs, images, strict=True):
-            path = output / f"{slug(prompt)}-{seed}-{kind}.png"
+        for i, ((prompt, seed), image) in enumerate(zip(jobs, images, strict=True)):
+            path = output / f"{i // n + 1:02d}-{slug(prompt)}-{seed}-{kind}.png"
             image.save(path)
             files.append(path)
     # a row per prompt; with --compare two: base above adapter
-    n = len(args.seed)
     cells = [i for p in range(len(args.prompt)) for _, images in rows for i in images[p * n : p * n + n]]
     grid = output / "grid.png"
     make_image_grid(cells, rows=len(cells) // n, cols=n).save(grid)
@@ -98,23 +125,80 @@ def main(args: argparse.Namespace) -> list[Path]:
     return [*files, grid]
 
 
-def base_model(args: argparse.Namespace) -> str:
-    """--pretrained_model_name_or_path, or what the adapter's config names.
+def adapter_configs(adapter: str | None) -> dict[Path, dict[str, Any]]:
+    """{file: PEFT config} of an adapter's folder, or of the folders in it; none for a file or an id on the Hub.
 
     Raises:
-        TrainingError: if neither does.
+        TrainingError: if there is no such adapter, or a config is broken.
     """
-    if args.pretrained_model_name_or_path:
-        return args.pretrained_model_name_or_path
-    configs = sorted(Path(args.adapter).glob("*/adapter_config.json")) if args.adapter else []
-    for path in configs:
-        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if name:
-            return name
-    raise TrainingError(
-        f"No base model: --adapter {args.adapter} does not name the one it was trained on; give "
-        "--pretrained_model_name_or_path."
-    )
+    if adapter is None:
+        return {}
+    path = Path(adapter)
+    if not path.exists() and (adapter.count("/") != 1 or adapter.startswith((".", "/", "~"))):
+        raise TrainingError(
+            f"--adapter {adapter} does not exist: expected a trained adapter's folder or file, or an id on the Hub."
+        )
+    files = [path / "adapter_config.json"]
+    files = files if files[0].is_file() else sorted(path.glob("*/adapter_config.json"))
+    configs = {}
+    for file in files:
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TrainingError(f"{file} is no config of an adapter: {error}. Save the adapter again.") from error
+        if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+            raise TrainingError(
+                f"{file} is no config of an adapter: expected a table with peft_type in it, got "
+                f"{json.dumps(config)[:60]}. Save the adapter again."
+            )
+        configs[file] = config
+    return configs
+
+
+def check_merging(adapter: str | None, configs: dict[Path, dict[str, Any]]) -> None:
+    """Only KronA is merged here. What comes as a single file or model is read as KronA, whatever it was.
+
+    Raises:
+        TrainingError: names the other kind.
+    """
+    other = [
+        c["peft_type"] for file, c in configs.items() if file.parent != Path(adapter) and c["peft_type"] != "KRONA"
+    ]
+    if other:
+        raise TrainingError(f"--merged is for KronA; --adapter {adapter} is of type {other[0]}. Leave --merged out.")
+
+
+def base_model(adapter: str | None, configs: dict[Path, dict[str, Any]]) -> str:
+    """What the adapter's configs, or the metadata of its file, name as the base model.
+
+    Raises:
+        TrainingError: if nothing does.
+    """
+    if adapter is None:
+        raise TrainingError("No base model: give --pretrained_model_name_or_path, or --adapter with one that names it.")
+    names = [config.get("base_model_name_or_path") for config in configs.values()]
+    if not configs and Path(adapter).exists():
+        names = [read_adapter(adapter).metadata.get("base_model")]
+    name = next((name for name in names if isinstance(name, str) and name), None)
+    if name is None:
+        where = "does not name the one it was trained on" if Path(adapter).exists() else "is not on this disk"
+        raise TrainingError(f"No base model: --adapter {adapter} {where}; give --pretrained_model_name_or_path.")
+    return name
+
+
+def writable_folder(path: str) -> Path:
+    """The folder, made if need be.
+
+    Raises:
+        TrainingError: if files cannot be written there.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise TrainingError(f"--output_dir {path}: expected a folder to write to; {error}. Name another.") from error
+    return folder
 
 
 def load_refiner(args: argparse.Namespace, pipe: Any, dtype: torch.dtype) -> Any:
@@ -171,7 +255,12 @@ def merged_models(models: list[torch.nn.Module]) -> Iterator[None]:
 
 
 def slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+    """The words of a prompt, in any script; cut so that a name of four-byte characters is no longer than disks allow.
+
+    >>> slug("A dog, 犬!")
+    'a-dog-犬'
+    """
+    return re.sub(r"[\W_]+", "-", prompt.lower())[:45].strip("-") or "prompt"
 
 
 def run(argv: list[str]) -> int:

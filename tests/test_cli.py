@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m peft_krona, command by command, on a tiny pipeline."""
 
+import re
 import runpy
 import sys
 
@@ -10,7 +11,7 @@ from convert_fixtures import anything, attention, image, random_adapter, relativ
 from safetensors.torch import load_file, save_file
 
 from peft_krona.__main__ import main
-from peft_krona.convert import Adapter, export, read_adapter
+from peft_krona.convert import Adapter, KronaLayer, export, read_adapter
 from peft_krona.pipelines import load_krona_weights
 
 
@@ -123,6 +124,67 @@ def test_merge_in_half_precision_rounds_once(pipe, tmp_path):
             assert torch.equal(weights[f"{layer.module}.weight"], wanted.half())
 
 
+def floats(folder):
+    """{component: dtypes of its weights}"""
+    files = sorted(folder.glob("*/*.safetensors"))
+    return {f.parent.name: {t.dtype for t in load_file(f).values() if t.is_floating_point()} for f in files}
+
+
+def test_merge_keeps_the_dtype_of_each_component(pipe, tmp_path):
+    """Also of one that only the adapter's later layers are in, and of one that it does not adapt."""
+    dtypes = {"text_encoder": torch.float32, "unet": torch.float16, "vae": torch.bfloat16}
+    if "text_encoder_2" in pipe.components:
+        dtypes["text_encoder_2"] = torch.float16
+    mixed = type(pipe).from_pretrained(pipe.folder, torch_dtype={**dtypes, "default": torch.float32})
+    mixed.save_pretrained(tmp_path / "mixed")
+    _, source = adapter_folder(pipe, tmp_path)
+    assert main(["merge", str(tmp_path / "mixed"), source, str(tmp_path / "merged")]) == 0
+    assert floats(tmp_path / "merged") == floats(tmp_path / "mixed") == {name: {d} for name, d in dtypes.items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dtype"),
+    [(["--dtype", "fp16", "--scale", "1e10"], "float16"), (["--scale", "1e300"], "float32")],
+)
+def test_merge_refuses_to_write_infinite_weights(pipe, tmp_path, capsys, arguments, dtype):
+    _, source = adapter_folder(pipe, tmp_path)
+    assert main(["merge", pipe.folder, source, str(tmp_path / "merged"), *arguments]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"error: (unet|text_encoder)\.\S+\.(to_|._proj)\S*weight: the merged weight", last)  # the layer
+    assert f"is NaN or infinite in torch.{dtype}; expected finite numbers. Nothing was written. Use a smaller" in last
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def key_layer(width):
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    return KronaLayer("unet", name, torch.ones(1, 4, 2), torch.ones(1, 160, width // 2))
+
+
+CLIP = KronaLayer("text_encoder", "text_model.encoder.layers.0.mlp.fc1", torch.ones(1, 4, 2), torch.ones(1, 768, 384))
+
+
+@pytest.mark.parametrize(
+    ("layer", "base", "found"),
+    [
+        (key_layer(768), "sdxl", "sd15"),
+        (key_layer(1024), "sd15", "sd2"),
+        (key_layer(768), "sd15", None),
+        (key_layer(2048), "sdxl", None),
+        (key_layer(96), "sdxl", None),  # tells nothing
+        (CLIP, "sdxl", None),  # SDXL's first text encoder is that of SD 1.x
+    ],
+)
+def test_a_base_that_the_layers_contradict(layer, base, found, tmp_path, capsys):
+    export(Adapter((layer,)), tmp_path / "in", "peft")
+    status = main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "lokr", "--base", base])
+    text = capsys.readouterr().err
+    if found is None:
+        assert (status, text) == (0, "") and (tmp_path / "out.safetensors").is_file()
+    else:
+        assert status == 1 and f"--base {base}: the adapter's layers have sizes and names of {found}. Give" in text
+        assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_extract_finds_the_adapter_in_a_merged_model(pipe, tmp_path, capsys):
     adapter, source = adapter_folder(pipe, tmp_path, factors=(8, 4), layout="diffusekrona")
     assert main(["merge", pipe.folder, source, str(tmp_path / "merged")]) == 0
@@ -153,6 +215,18 @@ def test_inspect_prints_a_table_and_draws(pipe, tmp_path, capsys):
         (["convert", "lora.safetensors", "out", "--base", "."], "expected a diffusers pipeline's folder"),
         (["merge", ".", "lora.safetensors", "out"], "with model_index.json"),
         (["extract", ".", ".", "out"], "do not differ"),
+        (["convert", "lora.safetensors", ".", "--base", "sd15"], "The output '.' is no name of a file or folder. Give"),
+        (["convert", "lora.safetensors", "", "--base", "sd15"], "The output '' is no name of a file or folder. Give"),
+        (["convert", "lora.safetensors", "", "--to", "peft"], "The output '' is no name of a file or folder. Give"),
+        (["convert", "lora.safetensors", "..", "--base", "sd15"], "The output '..' is no name of a file or folder"),
+        (["convert", "lora.safetensors", "new/", "--base", "sd15"], "new/: expected the name of a file to write, got"),
+        (
+            ["convert", "lora.safetensors", "{here}", "--base", "sd15"],
+            ": expected the name of a file to write, got a fo",
+        ),
+        (["convert", "lora.safetensors", "foo.BIN", "--base", "sd15"], "foo.BIN: expected a name with .safetensors"),
+        (["inspect", "missing", "--plot", "x.foo"], "--plot x.foo: expected a name that ends in one of "),
+        (["inspect", "missing", "--plot", "x"], "--plot x: expected a name that ends in one of "),
     ],
 )
 def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
@@ -161,7 +235,7 @@ def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     save_file(
         {f"{key}.lora_down.weight": torch.ones(1, 4), f"{key}.lora_up.weight": torch.ones(4, 1)}, "lora.safetensors"
     )
-    assert main(arguments) == 1
+    assert main([argument.format(here=tmp_path) for argument in arguments]) == 1
     assert message in (text := capsys.readouterr().err) and len(text.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inspection: the numbers against dW itself, the table, the picture."""
 
+import os
+
 import pytest
 import torch
 from convert_fixtures import anything, attention, random_adapter, tiny_clip, tiny_unet
@@ -84,6 +86,15 @@ def test_a_base_model_without_the_layers(tmp_path):
     adapter = random_adapter({"unet": tiny_unet()}, attention)
     with pytest.raises(FormatError, match="no weight for unet"):
         inspect_adapter(adapter, tmp_path)
+
+
+def test_a_damaged_base_model(tmp_path):
+    unet = tiny_unet()
+    unet.save_pretrained(tmp_path / "unet")
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    os.truncate(file, file.stat().st_size - 8)
+    with pytest.raises(FormatError, match=r"diffusion_pytorch_model.safetensors: not a valid safetensors file"):
+        inspect_adapter(random_adapter({"unet": unet}, attention), tmp_path)
 
 
 @pytest.mark.parametrize("r", [1, 2])

@@ -138,6 +138,17 @@ def test_a_failed_add_leaves_the_pipeline_as_it_was(bad, message):
         assert_untouched(pipe, before)
 
 
+@pytest.mark.parametrize("name", ["", "a.b", "keys", "training"])
+def test_names_that_torch_does_not_take(saved, name):
+    pipe = tiny.sd_pipeline()
+    before = states(pipe)
+    message = rf"adapter_name={name!r} is not allowed; expected a name that is not empty, has no dots and .*another"
+    for call in (lambda: add_krona(pipe, adapter_name=name), lambda: load_krona_weights(pipe, saved("sd")[0], name)):
+        with pytest.raises(ConfigError, match=message):
+            call()
+    assert_untouched(pipe, before)
+
+
 def test_things_that_are_no_pipeline():
     with pytest.raises(
         ConfigError, match=r"Expected a diffusers pipeline, got UNet2DConditionModel. For a single model"
@@ -245,6 +256,41 @@ def test_saving_one_of_several(tmp_path):
         save_krona_weights(pipe, tmp_path, "third")
     with pytest.raises(ConfigError, match=r"it has none. Add one with add_krona\(pipe\)"):
         save_krona_weights(tiny.sd_pipeline(), tmp_path)
+
+
+def test_a_save_replaces_the_earlier_adapter(saved, tmp_path):
+    """Also the parts that it lacks, of another kind of pipeline too; everything else is left alone."""
+    folder = copy_folder(saved("sdxl")[0], tmp_path)
+    for kept in ("notes.txt", "checkpoint-5/adapter_config.json", "vae/config.json"):
+        (folder / kept).parent.mkdir(exist_ok=True)
+        (folder / kept).write_text("{}")
+    pipe = tiny.sd_pipeline()
+    add_krona(pipe, config())
+    image = tiny.image(pipe)
+    assert save_krona_weights(pipe, folder) == [folder / "unet"]
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint-5", "notes.txt", "unet", "vae"]
+    (folder / "checkpoint-5" / "adapter_config.json").unlink()
+    fresh = tiny.sd_pipeline()
+    assert load_krona_weights(fresh, folder) == ["unet"]
+    assert torch.equal(tiny.image(fresh), image)
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ("adapter_config.json", r"is the PEFT folder of a single model \(adapter_config.json\); expected a new folder"),
+        ("unet/config.json", r"unet is there and holds no adapter .* Choose another save_directory"),
+    ],
+)
+def test_a_save_replaces_nothing_but_an_adapter(tmp_path, there, message):
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).write_text("precious")
+    pipe = tiny.sd_pipeline()
+    add_krona(pipe, config())
+    with pytest.raises(FormatError, match=message):
+        save_krona_weights(pipe, tmp_path)
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert files == [tmp_path / there] and files[0].read_text() == "precious"
 
 
 def test_a_lora_of_the_same_name_is_not_saved_as_krona(tmp_path):

@@ -17,6 +17,7 @@ from .convert import (
     Adapter,
     UNetNames,
     base_of_folder,
+    check_base,
     export,
     from_difference,
     guess_base,
@@ -26,7 +27,7 @@ from .convert import (
 from .convert.files import read_weights
 from .convert.merging import merge_pipeline
 from .errors import FormatError, KronAError
-from .inspection import inspect_adapter, plot, table
+from .inspection import check_picture_name, inspect_adapter, plot, table
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("adapter", help="any adapter that convert reads")
     merge.add_argument("output", help="new folder")
     merge.add_argument("--scale", type=float, default=1.0, metavar="S", help="multiply the update by S")
-    merge.add_argument("--dtype", choices=DTYPES, help="of the weights; as stored if left out")
+    merge.add_argument("--dtype", choices=DTYPES, help="of the weights; each component's own if left out")
     merge.set_defaults(run=_merge)
 
     extract = commands.add_parser("extract", help="the nearest adapter to the difference of two models")
@@ -89,6 +90,8 @@ def _convert(options: argparse.Namespace) -> None:
     adapter = read_adapter(options.input, base)
     if shapes is not None:
         adapter = adapter.fitted(shapes)
+    elif base is not None:
+        check_base(adapter, options.base)
     adapter = adapter.scaled(options.scale)
     if options.trigger:
         adapter = replace(adapter, metadata={**adapter.metadata, "trigger_words": options.trigger})
@@ -116,6 +119,8 @@ def _names_need_base(adapter: Adapter) -> bool:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    if options.plot:
+        check_picture_name(options.plot)
     stats = inspect_adapter(read_adapter(options.input), options.base)
     print(table(stats))
     if options.plot:
@@ -152,7 +157,7 @@ def _weights(path: str) -> dict[str, torch.Tensor]:
         raise FormatError(f"{path}: there are no safetensors files in this folder.")
     weights: dict[str, torch.Tensor] = {}
     for file in files:
-        weights |= read_weights(file)
+        weights.update(read_weights(file))
     return weights
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from .convert import Adapter, KronaLayer
+from .convert.files import read_header, read_weights
 from .convert.names import to_file_name
 from .errors import FormatError
 
@@ -56,7 +56,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike | None = None) -> 
         base: the folder of the base pipeline, for ||W||.
 
     Raises:
-        FormatError: if a layer is not in the base model's safetensors files.
+        FormatError: if a layer is not in the base model's safetensors files, or one of them is damaged.
     """
     norms = {} if base is None else _base_norms(Path(base), adapter)
     stats = []
@@ -107,11 +107,10 @@ def _base_norms(folder: Path, adapter: Adapter) -> dict[str, float]:
     norms = {}
     for component in adapter.components:
         for path in sorted((folder / component).glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    name = f"{component}.{to_file_name(component, key.removesuffix('.weight'))}"
-                    if key.endswith(".weight") and name in wanted:
-                        norms[name] = file.get_tensor(key).double().norm().item()
+            weights = [key for key in read_header(path) if key.endswith(".weight")]
+            names = {key: f"{component}.{to_file_name(component, key.removesuffix('.weight'))}" for key in weights}
+            for key, weight in read_weights(path, {key for key in weights if names[key] in wanted}):
+                norms[names[key]] = weight.double().norm().item()
     missing = sorted(wanted - norms.keys())
     if missing:
         raise FormatError(f"{folder}: the base model's safetensors files have no weight for {missing[0]}.")
@@ -207,6 +206,22 @@ def _label(layer: KronaLayer) -> str:
     return f"{row_of(layer)}{f' #{match[1]}' if match else ''} {kind}"
 
 
+def check_picture_name(path: str | os.PathLike) -> None:
+    """Refuse what `plot` cannot write, before the work for it is done.
+
+    Raises:
+        FormatError: if matplotlib is not installed, or does not know the ending.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise FormatError("--plot needs matplotlib: pip install matplotlib") from error
+    ending = Path(path).suffix.lower().removeprefix(".")
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if ending not in known:
+        raise FormatError(f"--plot {path}: expected a name that ends in one of {', '.join(known)}, got {ending!r}.")
+
+
 def plot(stats: Sequence[LayerStats], path: str | os.PathLike, title: str = "") -> None:
     """Draw the strongest layers' factors, the update's size by block and kind of layer, and the singular spectra.
 
@@ -214,12 +229,11 @@ def plot(stats: Sequence[LayerStats], path: str | os.PathLike, title: str = "") 
         path: of the picture; its ending decides the format.
 
     Raises:
-        FormatError: if matplotlib is not installed.
+        FormatError: if matplotlib is not installed, or does not know the ending.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise FormatError("--plot needs matplotlib: pip install matplotlib") from error
+    check_picture_name(path)
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 

@@ -14,7 +14,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ def add_krona(
         {component name: adapted model}, in the pipeline's order. Their trainable parameters are the adapter's.
 
     Raises:
-        ConfigError: if the pipeline has nothing to adapt or the adapter exists already. The pipeline is unchanged.
+        ConfigError: if the pipeline has nothing to adapt, the adapter exists already or its name is not allowed (empty,
+            or with a dot). The pipeline is unchanged.
     """
     models = _models(pipe)
     configs: dict[str, KronAConfig] = {}
@@ -84,7 +85,9 @@ def add_krona(
 def save_krona_weights(pipe: Any, save_directory: str | os.PathLike, adapter_name: str = "default") -> list[Path]:
     """Save one adapter of every model of the pipeline, each as a PEFT folder in a subfolder of its component's name.
 
-    A component's folder is written under a temporary name and renamed, so it is never half written.
+    A component's folder is written under a temporary name and renamed, so it is never half written. A save replaces
+    the adapter that is there: once the new folders are in place, those of components that have no such adapter (any
+    longer) are removed if they hold an adapter_config.json. Everything else in `save_directory` is left alone.
 
     Args:
         pipe: the pipeline. save_directory: created if missing. adapter_name: which adapter.
@@ -94,6 +97,8 @@ def save_krona_weights(pipe: Any, save_directory: str | os.PathLike, adapter_nam
 
     Raises:
         ConfigError: if no model of the pipeline has a KronA adapter of that name.
+        FormatError: if `save_directory` holds something else under these names: an adapter of a single model, or a
+            component's own weights. Nothing is written then.
     """
     configs = {
         name: model.peft_config[adapter_name]
@@ -106,8 +111,12 @@ def save_krona_weights(pipe: Any, save_directory: str | os.PathLike, adapter_nam
             f"{_adapter_names(pipe) or 'none'}. Add one with add_krona(pipe) or name another."
         )
     root = Path(save_directory)
+    _check_replaceable(root, configs)
     root.mkdir(parents=True, exist_ok=True)
-    return [_save_component(_models(pipe)[name], config, adapter_name, root / name) for name, config in configs.items()]
+    models = _models(pipe)
+    saved = [_save_component(models[name], config, adapter_name, root / name) for name, config in configs.items()]
+    _remove_others(root, configs, models)
+    return saved
 
 
 def load_krona_weights(
@@ -137,7 +146,7 @@ def load_krona_weights(
 
     Raises:
         FormatError: names the file, layer or component and the reason. The pipeline is then as it was before.
-        ConfigError: if an adapter of that name exists already.
+        ConfigError: if an adapter of that name exists already, or the name is not allowed (empty, or with a dot).
     """
     path = _local_path(os.fspath(source), weight_name, revision, token)
     models = _models(pipe)
@@ -236,12 +245,47 @@ def _adapter_names(pipe: Any) -> list[str]:
 
 
 def _add_adapter(model: nn.Module, config: KronAConfig, adapter_name: str, component: str) -> None:
+    # What torch refuses as the name of a module: it becomes a key of a ModuleDict and a part of dotted names.
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name) or adapter_name == "training":
+        raise ConfigError(
+            f"adapter_name={adapter_name!r} is not allowed; expected a name that is not empty, has no dots and is no "
+            "attribute of torch.nn.ModuleDict. Choose another."
+        )
     if adapter_name in getattr(model, "peft_config", {}):
         raise ConfigError(
             f"The pipeline's {component} already has an adapter named {adapter_name!r}. Choose another adapter_name, "
             f"or remove it first: pipe.delete_adapters({adapter_name!r})."
         )
     model.add_adapter(config, adapter_name)
+
+
+def _check_replaceable(root: Path, names: Iterable[str]) -> None:
+    """That a save into `root` replaces no more than an adapter of a pipeline, and is what a load then reads."""
+    if (root / CONFIG_NAME).is_file():  # a load would take this one, and not the subfolders
+        raise FormatError(
+            f"{root} is the PEFT folder of a single model ({CONFIG_NAME}); expected a new folder or the adapter of a "
+            "pipeline. Choose another save_directory, or remove the folder first."
+        )
+    for folder in (root / name for name in names):
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_NAME).is_file():
+            raise FormatError(
+                f"{folder} is there and holds no adapter ({CONFIG_NAME} is missing), so it is not replaced. Is "
+                f"{root} the base model's folder? Choose another save_directory."
+            )
+
+
+def _remove_others(root: Path, saved: Collection[str], components: Collection[str]) -> None:
+    """Remove the adapters of other components, also of those that only another kind of pipeline has."""
+    others = [
+        folder
+        for folder in (file.parent for file in sorted(root.glob(f"*/{CONFIG_NAME}")))
+        if folder.name not in saved
+        and (folder.name in components or folder.name in DENOISERS or folder.name.startswith("text_encoder"))
+    ]
+    if others:
+        with tempfile.TemporaryDirectory(dir=root, prefix=".replaced-") as scratch:
+            for folder in others:  # renamed first: no folder is ever half removed
+                os.replace(folder, Path(scratch, folder.name))
 
 
 def _save_component(model: nn.Module, config: KronAConfig, adapter_name: str, folder: Path) -> Path:

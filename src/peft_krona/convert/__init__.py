@@ -12,7 +12,7 @@ Every conversion is a function from tensors to tensors by way of `Adapter`; `rea
 """
 
 from .adapter import Adapter, KronaLayer, shapes_of_models
-from .base import base_of_folder, guess_base, shapes_of_folder
+from .base import base_of_folder, check_base, guess_base, shapes_of_folder
 from .diff import to_diff
 from .diffusekrona import from_diffusekrona
 from .export import FORMATS, Report, choose_format, export, tolerance
@@ -32,6 +32,7 @@ __all__ = [
     "Report",
     "UNetNames",
     "base_of_folder",
+    "check_base",
     "choose_format",
     "export",
     "from_difference",

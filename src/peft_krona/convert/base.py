@@ -23,6 +23,37 @@ def guess_base(adapter: Adapter) -> UNetNames:
     Raises:
         FormatError: if neither tells it.
     """
+    kinds = _kinds_of_unet(adapter)
+    if not kinds and adapter.components == ("text_encoder",):
+        hidden = {layer.shape[1] for layer in adapter if layer.module.endswith(("q_proj", "k_proj", "v_proj", "fc1"))}
+        kinds = {_BY_CROSS_ATTENTION[size] for size in hidden if size in (768, 1024)}
+    if len(kinds) != 1:
+        raise FormatError(
+            "The adapter's layers do not tell which Stable Diffusion it is for. Say so with --base sd15, sd2, sdxl or "
+            "the base model's folder."
+        )
+    return BASES[kinds.pop()]
+
+
+def check_base(adapter: Adapter, name: str) -> None:
+    """Refuse a kind of Stable Diffusion (`names.BASES`) that the adapter's layers are not of.
+
+    A first text encoder alone tells nothing: that of SD 1.x and SDXL is the same.
+
+    Raises:
+        FormatError: names both kinds.
+    """
+    kinds = _kinds_of_unet(adapter)
+    if kinds and kinds != {name}:
+        found = " and ".join(sorted(kinds))
+        raise FormatError(
+            f"--base {name}: the adapter's layers have sizes and names of {found}. Give the base model that it was "
+            "trained on, or leave --base out."
+        )
+
+
+def _kinds_of_unet(adapter: Adapter) -> set[str]:
+    """Kinds that the UNet's layers, or a second text encoder, stand for; empty if they tell nothing."""
     inputs = {
         layer.shape[1]
         for layer in adapter
@@ -33,15 +64,7 @@ def guess_base(adapter: Adapter) -> UNetNames:
     deep = any(layer.component == "unet" and _LATER_BLOCK.search(layer.module) for layer in adapter)
     if not kinds and (deep or "text_encoder_2" in adapter.components):
         kinds = {"sdxl"}
-    if not kinds and adapter.components == ("text_encoder",):
-        hidden = {layer.shape[1] for layer in adapter if layer.module.endswith(("q_proj", "k_proj", "v_proj", "fc1"))}
-        kinds = {_BY_CROSS_ATTENTION[size] for size in hidden if size in (768, 1024)}
-    if len(kinds) != 1:
-        raise FormatError(
-            "The adapter's layers do not tell which Stable Diffusion it is for. Say so with --base sd15, sd2, sdxl or "
-            "the base model's folder."
-        )
-    return BASES[kinds.pop()]
+    return kinds
 
 
 def base_of_folder(folder: str | os.PathLike) -> UNetNames | None:

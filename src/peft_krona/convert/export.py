@@ -18,7 +18,7 @@ from ..errors import FormatError
 from ..factors import largest_divisor
 from .adapter import Adapter, KronaLayer
 from .diff import diff_deltas, to_diff
-from .files import new_folder, read_safetensors, tensor_hash, write_safetensors
+from .files import new_folder, output_path, read_safetensors, tensor_hash, write_safetensors
 from .loha import loha_deltas, to_loha
 from .lokr import as_plain_kron, lokr_deltas, to_lokr
 from .lora import lora_deltas, lora_rank, to_lora, to_lora_peft
@@ -45,6 +45,8 @@ _NETWORK = {
     "lora": ("networks.lora", {}),
     "diff": ("lycoris.kohya", {"algo": "full"}),
 }
+# A dot in a name is no ending ("my-dog-1.5"); these would be mistaken for what they are not.
+_OTHER_ENDINGS = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".gguf", ".onnx", ".json", ".zip")
 
 
 @dataclass(frozen=True)
@@ -133,20 +135,20 @@ def export(
         What was written, how large it is and how exact.
 
     Raises:
-        FormatError: if the format cannot hold the adapter (says which can), or a rebuilt layer is off by more than the
-            dtype's rounding explains. Nothing is left behind then.
+        FormatError: if the format cannot hold the adapter (says which can), `out` is no name of a new file (of a folder
+            for "peft"), or a rebuilt layer is off by more than the dtype's rounding explains. Nothing is left behind
+            then.
     """
     if to not in FORMATS:
         raise FormatError(f"--to {to} is unknown; expected one of {', '.join(FORMATS)}.")
-    out = Path(out)
     reason = ""
     if to == "auto":
         to, split_auto, reason = choose_format(adapter)
         split_terms = split_terms or split_auto
     if to == "peft":
-        return _export_peft(adapter, out, dtype)
+        return _export_peft(adapter, output_path(out), dtype)
     dtype = dtype or torch.float16
-    out = out if out.suffix == ".safetensors" else out.with_name(f"{out.name}.safetensors")
+    out = _output_file(out)
     if not split_terms:
         return _export_file(adapter, out, to, reason, base, dtype)
     reports = []
@@ -167,6 +169,20 @@ def export(
         size=sum(report.size for report in reports),
         notes=(*worst.notes, *(["load all of these files together, at one strength"] if terms > 1 else [])),
     )
+
+
+def _output_file(out: str | os.PathLike) -> Path:
+    """The file to write: `out` with .safetensors at its end.
+
+    Raises:
+        FormatError: if it is a folder, or its ending is that of another kind of file.
+    """
+    path = output_path(out)
+    if path.is_dir() or os.fspath(out).endswith(("/", os.sep)):
+        raise FormatError(f"{out}: expected the name of a file to write, got a folder. Name a file in it.")
+    if path.suffix.lower() in _OTHER_ENDINGS:
+        raise FormatError(f"{out}: expected a name with .safetensors at its end, or with no ending; change it.")
+    return path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
 
 
 def _export_file(

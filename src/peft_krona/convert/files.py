@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -62,16 +62,21 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
     return tensors, metadata
 
 
-def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The floating-point tensors of a model's safetensors file; others (position ids) are left out.
+def read_weights(path: str | os.PathLike, only: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """(key, tensor) of a model's safetensors file, one at a time; only floating-point ones (no position ids).
+
+    Args:
+        path: the file. only: the keys to read; None reads all.
 
     Raises:
         FormatError: if it is no safetensors file, or a damaged one.
     """
-    floats = {key for key, (dtype, _) in read_header(path).items() if dtype in _DTYPE_BYTES}
+    floats = [key for key, (dtype, _) in read_header(path).items() if dtype in _DTYPE_BYTES]
+    keys = [key for key in floats if only is None or key in only]
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys() if key in floats}
+            for key in keys:
+                yield key, file.get_tensor(key)
     except SafetensorError as error:
         raise FormatError(f"{path}: not a valid safetensors file: {error}.") from error
 
@@ -208,14 +213,25 @@ def write_safetensors(
         Path(temporary).unlink(missing_ok=True)
 
 
+def output_path(path: str | os.PathLike) -> Path:
+    """The path, if something can be written under it.
+
+    Raises:
+        FormatError: if it names neither a file nor a folder: "", "." and the like.
+    """
+    if Path(path).name in ("", ".."):
+        raise FormatError(f"The output {os.fspath(path)!r} is no name of a file or folder. Give one.")
+    return Path(path)
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` if the block ends well, and is removed if it does not.
 
     Raises:
-        FormatError: if `path` exists and is not an empty folder.
+        FormatError: if `path` is no name, or exists and is not an empty folder.
     """
-    path = Path(path)
+    path = output_path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FormatError(f"{path}: exists already. Name a new folder, or remove it first.")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import FormatError
+from ..errors import FormatError, MergeError
 from .adapter import Adapter, shapes_of_models
 from .files import new_folder, read_header
 from .names import to_module_name
@@ -42,10 +42,11 @@ def merge_pipeline(
 
     Args:
         folder: a pipeline's folder. adapter: to merge, scale included. out: a new folder. dtype: of the copy's weights;
-            None keeps what is stored.
+            None keeps the one that each component is stored in.
 
     Raises:
         FormatError: if `folder` is no pipeline, the adapter does not fit it, or `out` exists. Nothing is left then.
+        MergeError: names the weight that would be NaN or infinite. Nothing is left then.
     """
     from diffusers import DiffusionPipeline
 
@@ -54,17 +55,29 @@ def merge_pipeline(
         raise FormatError(f"{folder}: expected the folder of a diffusers pipeline, with model_index.json.")
     with new_folder(out) as new:
         pipe = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=dtype or _stored_dtype(folder, adapter.components[0]), local_files_only=True
+            folder, torch_dtype=dtype or _stored_dtypes(folder), local_files_only=True
         )
         merge_into_models(pipe.components, adapter)
+        _check_finite(pipe.components)
         pipe.save_pretrained(new)
     return Path(out)
 
 
-def _stored_dtype(folder: Path, component: str) -> torch.dtype:
-    """The dtype of a component's first safetensors weight; float32 if there is none."""
-    for path in sorted((folder / component).glob("*.safetensors")):
-        for dtype, _ in read_header(path).values():
-            if dtype in _STORED:
-                return _STORED[dtype]
-    return torch.float32
+def _check_finite(components: dict[str, nn.Module]) -> None:
+    """Refuse weights that the update, or the cast of the base's, took out of the dtype's range."""
+    for component, model in components.items():
+        for name, weight in model.named_parameters() if isinstance(model, nn.Module) else ():
+            if not torch.isfinite(weight).all():
+                raise MergeError(
+                    f"{component}.{name}: the merged weight is NaN or infinite in {weight.dtype}; expected finite "
+                    "numbers. Nothing was written. Use a smaller --scale, or --dtype fp32."
+                )
+
+
+def _stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """{component: dtype of its first floating-point weight} of those with safetensors, float32 for others."""
+    dtypes = {"default": torch.float32}
+    for path in sorted(folder.glob("*/*.safetensors"), reverse=True):  # the first file is entered last
+        stored = [_STORED[dtype] for dtype, _ in read_header(path).values() if dtype in _STORED]
+        dtypes |= {path.parent.name: stored[0]} if stored else {}
+    return dtypes
