@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,27 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, set_seed
-from diffusers import AutoencoderKL, DDPMScheduler
-from diffusers.optimization import get_scheduler
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    LoggerType,
+    ProjectConfiguration,
+    set_seed,
+)
+from diffusers import DDPMScheduler
 from diffusers.training_utils import cast_training_params, free_memory, offload_models
-from diffusers.utils.import_utils import is_tensorboard_available, is_xformers_available
+from diffusers.utils.import_utils import is_xformers_available
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from examples.dreambooth import TrainingError, adapters, card, data, demo, evaluate, objective, optim
-from examples.dreambooth.arguments import parse_args, settings
-from examples.dreambooth.checkpoint import TEMPORARY, Checkpoints, clean, is_write_error, replace_folder
+from examples.dreambooth.arguments import parse_args, public_settings, settings
+from examples.dreambooth.checkpoint import TEMPORARY, Checkpoints, clean, is_write_error, remove, replace_folder
 from examples.dreambooth.class_images import make_class_images
-from examples.dreambooth.exports import export_for_other_tools
+from examples.dreambooth.exports import export_for_other_tools, remove_exports
 from examples.dreambooth.prompts import Denoiser, TextEmbeddings, is_sdxl, text_encoders, time_ids
 
 
@@ -82,8 +89,6 @@ def main(args: Any) -> dict[str, Any]:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    if args.seed < 0:
-        raise TrainingError(f"--seed {args.seed}: expected an integer of at least 0.")
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if accelerator.is_main_process:
@@ -91,15 +96,13 @@ def main(args: Any) -> dict[str, Any]:
         clean(output)
     checkpoints = Checkpoints(accelerator, output, args)
     checkpoints.find(args.resume_from_checkpoint)  # before the slow parts, so that a mistake shows at once
+    repo = card.create(output, args) if args.push_to_hub and accelerator.is_main_process else None
 
     # -- models --------------------------------------------------------------------------------------------------------
     weight_dtype = adapters.dtype_of(accelerator.mixed_precision)
     if accelerator.distributed_type == DistributedType.FSDP:
         weight_dtype = torch.float32  # FSDP keeps one dtype a module and casts by itself
-    source = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    pipe = evaluate.load_pipeline(args.pretrained_model_name_or_path, **source)
-    if args.pretrained_vae_model_name_or_path:
-        pipe.vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir)
+    pipe = evaluate.base_pipeline(args)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     encoders = text_encoders(pipe)
     trained = {"unet": pipe.unet} | (encoders if args.train_text_encoder else {})
@@ -171,12 +174,11 @@ def main(args: Any) -> dict[str, Any]:
             if getattr(args, name) is not None:
                 setattr(args, name, getattr(args, name) * factor)
     optimizer = optim.build_optimizer(optim.parameter_groups(trained, args), args)
-    steps_per_epoch = math.ceil(batches.per_epoch / args.gradient_accumulation_steps)
+    # as in diffusers, an epoch shows each instance image and as many class images as there are
+    epoch = max(batches.per_epoch, math.ceil(len(class_pictures) / batches.global_batch))
+    steps_per_epoch = math.ceil(epoch / args.gradient_accumulation_steps)
     total = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, step_rules=args.lr_step_rules, num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=total, num_cycles=args.lr_num_cycles, power=args.lr_power,
-    )  # fmt: skip
+    lr_scheduler = optim.build_schedule(optimizer, args, total)
 
     # -- accelerate ----------------------------------------------------------------------------------------------------
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it asks the data loader otherwise
@@ -184,7 +186,9 @@ def main(args: Any) -> dict[str, Any]:
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    metadata = {k: str(v) for k, v in settings(args).items()} | {"trigger": card.trigger(args)}
+    metadata = {k: str(v) for k, v in public_settings(args).items()}
+    if args.instance_prompt:
+        metadata["trigger_words"] = args.instance_prompt  # the key that the exports and `convert` know
 
     def save_adapters(folder: Path) -> None:
         """Called by every process; the main one writes."""
@@ -207,6 +211,8 @@ def main(args: Any) -> dict[str, Any]:
     accelerator.init_trackers("dreambooth_kron", config=settings(args))
 
     step = first_step = checkpoints.resume(args.resume_from_checkpoint)
+    if step >= total:
+        say(f"note: the checkpoint is of update {step} and {total} were asked for: nothing is left to train.")
     batches.start = step * args.gradient_accumulation_steps
     batches.stop = total * args.gradient_accumulation_steps
     loader = DataLoader(
@@ -316,9 +322,13 @@ def main(args: Any) -> dict[str, Any]:
     try:
         save_adapters(final)
         if accelerator.is_main_process:
+            checkpoints.set_aside()
+            for old in remove_exports(output):
+                say(f"Removed {old}: it was made of earlier weights.")
             for name in trained:
                 replace_folder(final / name, output / name)
             final.rmdir()
+            remove_untrained(output, trained, say)
     except Exception as error:
         if is_write_error(error):
             clean(output)
@@ -346,7 +356,7 @@ def main(args: Any) -> dict[str, Any]:
             images = validate("final", saved_pipe, step)
         prompts = repeat(args.validation_prompt or [], args.num_validation_images)
         names = [Path(f).name for f in files]
-        card.write_card(output, args, images, prompts, settings(args), summary, names)
+        card.write_card(output, args, images, prompts, public_settings(args), summary, names)
         summary["total time, s"] = round(time.time() - started, 1)
         (output / "training_summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         width = max(map(len, summary))
@@ -356,7 +366,7 @@ def main(args: Any) -> dict[str, Any]:
             )
         )
         if args.push_to_hub and not interrupted:
-            say(f"Uploaded to {card.push(output, args)}")
+            say(f"Uploaded to {card.push(output, args, repo)}")
     accelerator.end_training()
     summary["interrupted"] = interrupted
     return summary
@@ -369,17 +379,40 @@ def repeat(prompts: list[str], times: int) -> list[str]:
 def trackers(args: Any) -> str | None:
     if args.report_to == "none":
         return None
-    if args.report_to == "tensorboard" and not is_tensorboard_available():
-        print("note: tensorboard is missing (pip install tensorboard): losses are not logged; see --report_to.")
+    known = [kind.value for kind in LoggerType]
+    if args.report_to not in known:
+        raise TrainingError(f"--report_to {args.report_to}: expected none or one of {', '.join(known)}.")
+    available = [kind.value for kind in get_available_trackers()]
+    if args.report_to not in ("all", *available):
+        print(
+            f"note: {args.report_to} is missing (pip install {args.report_to}): losses are not logged; see --report_to."
+        )
         return None
     return args.report_to
 
 
 def make_output(folder: Path) -> None:
+    """The output folder, which must not be a pipeline: the adapter's folders have its components' names."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        inside = {name: {p.name for p in (folder / name).glob("*")} for name in adapters.COMPONENTS}
     except OSError as error:
         raise TrainingError(f"--output_dir {folder} cannot be created: {error}.") from error
+    taken = [name for name, files in inside.items() if files and "adapter_config.json" not in files]
+    if (folder / "model_index.json").exists() or taken:
+        found = "model_index.json" if not taken else f"{', '.join(taken)} without adapter_config.json"
+        raise TrainingError(
+            f"--output_dir {folder} holds a pipeline ({found}), which the adapter would replace: expected a new folder "
+            "or one of an earlier training; choose another."
+        )
+
+
+def remove_untrained(output: Path, trained: Iterable[str], say: Callable[[str], None]) -> None:
+    """Adapters of an earlier run on models that this run did not train: they would be loaded with its own."""
+    for name in set(adapters.COMPONENTS) - set(trained):
+        if (output / name / "adapter_config.json").is_file():
+            remove(output / name)
+            say(f"Removed {output / name}: an earlier run's adapter, which this run did not train.")
 
 
 def peak_memory() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import diffusers
 import dreambooth_pipelines as tiny
 from PIL import Image
+from safetensors.torch import save_file
 
-from examples.dreambooth import TrainingError, adapters, checkpoint, data, demo, objective, optim
-from examples.dreambooth.arguments import build_parser, parse_args
+from examples.dreambooth import TrainingError, adapters, checkpoint, data, demo, exports, objective, optim
+from examples.dreambooth.arguments import build_parser, parse_args, public_settings
 from examples.dreambooth.prompts import Denoiser, time_ids, tokenize
 
 EXAMPLES = Path(data.__file__).resolve().parents[1]
@@ -91,6 +93,71 @@ def test_accelerate_configs_load(name):
     assert config.num_processes == 2 and config.mixed_precision == "bf16"
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        *((flag, "-1", "-1(.0)?: expected at least 0") for flag in (
+            "max_grad_norm", "prior_loss_weight", "lr_warmup_steps", "learning_rate", "learning_rate_a",
+            "learning_rate_b", "text_encoder_lr", "adam_weight_decay", "dataloader_num_workers",
+            "num_validation_images",
+        )),
+        ("learning_rate", "nan", "nan: expected at least 0"),
+        ("snr_gamma", "0", "0.0: expected a number above 0"),
+        ("snr_gamma", "-5", "-5.0: expected a number above 0"),
+        ("alpha", "0", "0.0: expected a number above 0"),
+        ("seed", "-1", "-1: expected an integer from 0 to 4294967295"),
+        ("seed", "4294967296", "4294967296: expected an integer from 0 to 4294967295"),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range(flag, value, expected):
+    with pytest.raises(TrainingError, match=rf"^--{flag} {expected}\.$"):
+        parse_args([*BASIC, f"--{flag}", value])
+
+
+@pytest.mark.parametrize(("given", "kept"), [("adamw", "AdamW"), ("Prodigy", "prodigy"), ("SGD", "SGD")])
+def test_optimizers_in_any_case(given, kept):
+    assert parse_args([*BASIC, "--optimizer", given]).optimizer == kept
+
+
+def test_zero_turns_off_what_can_be_turned_off():
+    args = parse_args([*BASIC, "--max_grad_norm", "0", "--learning_rate", "0", "--num_validation_images", "0"])
+    assert (args.max_grad_norm, args.learning_rate, args.num_validation_images) == (0, 0, 0)
+    with pytest.raises(TrainingError, match="--learning_rate 0 with --learning_rate_a or --learning_rate_b: expected"):
+        parse_args([*BASIC, "--learning_rate", "0", "--learning_rate_a", "1e-3"])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], ""),
+        (["--adapter_type", "lora", "--krona_a_out", "64"], ""),  # the default: nothing is lost
+        (
+            ["--adapter_type", "lora", "--krona_a_out", "8", "--layout", "diffusekrona", "--module_dropout", "0.1"],
+            "warning: --krona_a_out, --layout has no effect: only with --adapter_type krona.\n"
+            "warning: --module_dropout has no effect: only with --adapter_type krona or lokr.\n",
+        ),
+        (["--lokr_factor", "8"], "warning: --lokr_factor has no effect: only with --adapter_type lokr.\n"),
+        (
+            ["--class_prompt", "a dog", "--text_encoder_lr", "1e-4"],
+            "warning: --class_prompt has no effect: only with --with_prior_preservation.\n"
+            "warning: --text_encoder_lr has no effect: only with --train_text_encoder.\n",
+        ),
+    ],
+)
+def test_flags_without_effect_are_named(capsys, more, said):
+    parse_args([*BASIC, *more])
+    assert capsys.readouterr().out == said
+
+
+def test_settings_that_leave_the_machine_have_no_local_paths(tmp_path):
+    args = parse_args([*BASIC, "--output_dir", "out", "--validation_prompt", "x", "--cache_dir", "c"])
+    args.pretrained_vae_model_name_or_path = str(tmp_path)
+    shown = public_settings(args)
+    assert shown["pretrained_model_name_or_path"] == "p" and shown["instance_prompt"] == "a sks dog"
+    hidden = {"output_dir", "instance_data_dir", "validation_prompt", "cache_dir", "pretrained_vae_model_name_or_path"}
+    assert not hidden & shown.keys()
+
+
 def test_factors_per_projection():
     args = parse_args([*BASIC, "--krona_unet_q_a_out", "32", "--krona_unet_o_a_in", "8"])
     config = adapters.adapter_config(args, "unet")
@@ -118,6 +185,31 @@ def test_learning_rates_of_the_groups():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("more", "given"),
+    [
+        ([], {}),  # its eps is a pair, it has no betas
+        (["--optimizer_args", "eps=(None,1e-2)"], {"eps": (None, 1e-2)}),
+    ],
+)
+def test_adafactor_gets_what_it_takes(more, given):
+    args = parse_args([*BASIC, "--optimizer", "Adafactor", *more])
+    optimizer = optim.build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(2, 2))], "weight_decay": 0.0}], args)
+    assert optimizer.defaults["eps"] == given.get("eps", (None, 1e-3))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--optimizer", "SparseAdam"], "SparseAdam is for sparse gradients, which adapters do not have"),
+        (["--optimizer", "Adafactor", "--adam_epsilon", "1e-6"], "Adafactor does not take {'eps': 1e-06}"),
+    ],
+)
+def test_optimizers_that_do_not_suit(more, message):
+    with pytest.raises(TrainingError, match=message):
+        optim.build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}], parse_args([*BASIC, *more]))
+
+
 # -- data ------------------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +235,70 @@ def test_captions(tmp_path):
         data.read_folder(tmp_path, None)
     with pytest.raises(TrainingError, match=r"metadata\.jsonl, line 1: .*'nope'"):
         data.read_folder(tmp_path, "default", "nope")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column", "message"),
+    [
+        ("1.txt", "ein h\xfcbscher Hund".encode("latin-1"), None, r"1\.txt is not UTF-8 text.*: save it as UTF-8"),
+        ("metadata.jsonl", b'{"file_name": "1.png", "text": "\xfc"}', None, r"metadata\.jsonl is not UTF-8 text"),
+        ("metadata.jsonl", b'{"file_name": "1.png", "text": 5}', None, r"line 1: expected .*'text' is 5, not a text"),
+        ("other", b"", "words", r"--caption_column 'words': expected .*metadata\.jsonl with that key"),
+    ],
+)
+def test_captions_that_cannot_be_read(tmp_path, name, content, column, message):
+    tiny.images(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TrainingError, match=message):
+        data.read_folder(tmp_path, "default", column)
+
+
+def test_a_caption_file_may_begin_with_a_mark(tmp_path):
+    tiny.images(tmp_path, 1)
+    (tmp_path / "0.txt").write_text("a dog", encoding="utf-8-sig")
+    assert data.read_folder(tmp_path, None)[0].caption == "a dog"
+
+
+def test_an_image_over_the_pixel_limit(tmp_path, monkeypatch):
+    tiny.images(tmp_path, 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(TrainingError, match=r"0\.png cannot be read as an image .*exceeds limit"):
+        data.read_folder(tmp_path, "default")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bits_of_grey_become_eight(tmp_path, name):
+    Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(tmp_path / name)
+    image = data.open_image(tmp_path / name)
+    assert image.mode == "RGB" and [image.getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
+
+
+@pytest.mark.parametrize(("values", "expected"), [([0, 100, 255], [0, 100, 255]), ([0, 25700, 65535], [0, 100, 255])])
+def test_grey_in_whole_numbers(values, expected):
+    image = data.as_rgb(Image.fromarray(np.array([values], np.int32)))
+    assert [image.getpixel((x, 0))[0] for x in range(3)] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset_name": "nobody/nothing"}, r"--dataset_name nobody/nothing \(split 'train'\) could not be loaded: "),
+        ({"dataset_split": "nope"}, r"\(split 'nope'\) could not be loaded: .*one of its splits in --dataset_split"),
+        ({}, r"d\[1\] cannot be read as an image .*remove it from the dataset"),
+    ],
+    ids=["missing", "split", "corrupt"],
+)
+def test_datasets_that_cannot_be_read(tmp_path, change, message):
+    pytest.importorskip("datasets")
+    tiny.images(tmp_path / "d" / "train", 2)
+    (tmp_path / "d" / "train" / "1.png").write_bytes(b"no image")
+    arguments = {
+        "dataset_name": str(tmp_path / "d"), "dataset_config_name": None, "dataset_split": "train",
+        "cache_dir": str(tmp_path / "cache"), "image_column": "image", "caption_column": None, "instance_prompt": "x",
+    }  # fmt: skip
+    with pytest.raises(TrainingError, match=message) as raised:
+        data.read_dataset(SimpleNamespace(**arguments | change))
+    assert "\n" not in str(raised.value)
 
 
 def test_a_datasets_folder(tmp_path):
@@ -314,6 +470,41 @@ def test_a_kill_while_replacing_a_folder_loses_nothing(tmp_path):
     (tmp_path / ".tmp-delete-checkpoint-1").mkdir()
     checkpoint.clean(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["unet"] and (tmp_path / "unet" / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("limit", [100, 20_000, 60_000, 97_000, 99_700])
+def test_a_failed_write_is_recognised(tmp_path, limit):
+    """Wherever in torch.save the disk gets full; it ends in different errors."""
+    import resource
+
+    state, path = [torch.zeros(64, 64) for _ in range(6)], tmp_path / "optimizer.bin"  # 100 kB
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        with pytest.raises(RuntimeError) as raised:
+            torch.save(state, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert checkpoint.is_write_error(raised.value), raised.value
+    assert not checkpoint.is_write_error(RuntimeError("shapes do not match"))
+
+
+def test_exports_of_earlier_weights_are_removed_and_nothing_else(tmp_path):
+    output = tmp_path / "my.dog"
+    output.mkdir()
+    ours, other = {"krona.source": "krona"}, {"format": "pt"}
+    files = {
+        "my.dog.safetensors": ours, "my.dog_term1of2.safetensors": ours, "my.dog_term2of2.safetensors": other,
+        "myxdog.safetensors": ours, "cat.safetensors": ours,
+    }  # fmt: skip
+    for name, metadata in files.items():
+        save_file({"x": torch.zeros(1)}, output / name, metadata=metadata)
+    (output / "my.dog_term3of3.safetensors").write_bytes(b"no safetensors file")
+    assert [p.name for p in exports.remove_exports(output)] == ["my.dog.safetensors", "my.dog_term1of2.safetensors"]
+    assert sorted(p.name for p in output.iterdir()) == [
+        "cat.safetensors", "my.dog_term2of2.safetensors", "my.dog_term3of3.safetensors", "myxdog.safetensors",
+    ]  # fmt: skip
 
 
 # -- demo ------------------------------------------------------------------------------------------------------------

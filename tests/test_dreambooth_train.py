@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +27,7 @@ import dreambooth_pipelines as tiny
 from accelerate.state import AcceleratorState, PartialState
 
 from examples import dreambooth_kron
-from examples.dreambooth import TrainingError, card, checkpoint, demo
+from examples.dreambooth import TrainingError, card, checkpoint, demo, evaluate
 from examples.dreambooth.arguments import parse_args
 
 SCRIPT = Path(dreambooth_kron.__file__)
@@ -218,6 +220,7 @@ SHOW = ["--validation_prompt", "x", "--num_validation_images", 1, "--validation_
         ["--adapter_type", "lokr", "--rank", 2, *SHOW],
         ["--optimizer", "prodigy"],
         ["--optimizer", "schedulefree", "--lr_warmup_steps", 1],
+        ["--optimizer", "Adafactor"],
         ["--optimizer", "SGD", "--optimizer_args", "momentum=0.9", "nesterov=True"],
         ["--learning_rate_a", 1e-5, "--learning_rate_b", 1e-3, "--scale_lr", "--lr_scheduler", "polynomial"],
         ["--layout", "diffusekrona", "--rank", 3, "--scaling", "rslora", "--alpha", 4, "--init_weights", "kaiming"],
@@ -262,6 +265,82 @@ def test_exported_file_is_the_adapter(kind, more, tiny_sd, tiny_sdxl, pictures, 
     assert saved.keys() == exported.keys() and len(saved) > 20
     for name, delta in saved.items():
         assert (exported[name] - delta).norm() <= 2e-3 * delta.norm()
+
+
+def test_an_earlier_runs_results_do_not_stay_beside_new_weights(tiny_sd, pictures, tmp_path, capsys):
+    """Neither a model that is no longer trained, nor an export of the old weights."""
+    out = tmp_path / "dog"
+    train(tiny_sd, pictures, out, "--train_text_encoder", "--export", "auto", "--max_train_steps", 1)
+    assert (out / "text_encoder").is_dir() and (out / "dog.safetensors").is_file()
+    AcceleratorState._reset_state(True)
+    (out / "notes").mkdir()
+    train(tiny_sd, pictures, out, "--max_train_steps", 1)
+    assert not (out / "text_encoder").exists() and not (out / "dog.safetensors").exists() and (out / "notes").exists()
+    printed = capsys.readouterr().out
+    assert f"Removed {out / 'text_encoder'}: an earlier run's adapter" in printed
+    assert f"Removed {out / 'dog.safetensors'}: it was made of earlier weights" in printed
+
+
+@pytest.mark.parametrize(
+    ("file", "found"),
+    [("model_index.json", r"model_index\.json"), ("unet/config.json", r"unet without adapter_config\.json")],
+)
+def test_a_pipeline_is_not_overwritten(tiny_sd, pictures, tmp_path, file, found):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(TrainingError, match=rf"holds a pipeline \({found}\).*choose another"):
+        train(tiny_sd, pictures, tmp_path)
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()] == [file]
+
+
+def test_what_the_files_say(tiny_sd, pictures, tmp_path, monkeypatch):
+    """Trigger words, also in the export; no local paths; a base model that is found from anywhere."""
+    monkeypatch.chdir(tiny_sd.parent)
+    out = tmp_path / "dog"
+    train(tiny_sd.name, pictures, out, "--export", "auto", "--max_train_steps", 1)
+    config = json.loads((out / "unet" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_sd.resolve())
+    with safe_open(out / "unet" / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata()["trigger_words"] == "a sks dog"
+        assert not any(str(folder) in value for folder in (out, pictures) for value in file.metadata().values())
+    with safe_open(out / "dog.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.trigger_phrase"] == "a sks dog"
+
+
+def test_the_final_images_are_of_the_vae_that_was_asked_for(tiny_sd, pictures, tmp_path, monkeypatch):
+    other = tiny.vae().to(torch.float32)
+    other.save_pretrained(tmp_path / "vae")
+    more = ["--pretrained_vae_model_name_or_path", tmp_path / "vae", "--cache_dir", tmp_path / "cache"]
+    train(tiny_sd, pictures, tmp_path / "out", "--max_train_steps", 1, *more)
+    asked = []
+    load = evaluate.load_pipeline
+    monkeypatch.setattr(evaluate, "load_pipeline", lambda *a, **kw: asked.append(kw) or load(*a, **kw))
+    args = parse_args(arguments(tiny_sd, pictures, tmp_path / "out", *more))
+    pipe = evaluate.from_file(args, tmp_path / "out", torch.device("cpu"), torch.float32)
+    assert differences(pipe.vae.state_dict(), other.state_dict()) == []
+    assert [kw["cache_dir"] for kw in asked] == [str(tmp_path / "cache")]
+
+
+def test_an_epoch_shows_all_class_images(tiny_sd, pictures, tmp_path):
+    """As in diffusers: 5 class images and 3 instance images make 5 steps of one."""
+    classes = tiny.images(tmp_path / "class", 5)
+    args = arguments(tiny_sd, pictures, tmp_path / "out", "--num_train_epochs", 1, "--with_prior_preservation",
+                     "--class_data_dir", classes, "--class_prompt", "a dog", "--num_class_images", 5)  # fmt: skip
+    args.remove("--max_train_steps")
+    args.remove("2")
+    assert dreambooth_kron.main(parse_args(args))["updates"] == 5
+
+
+def test_a_hub_that_refuses_shows_before_the_training(tiny_sd, pictures, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("401\nunauthorized")
+
+    monkeypatch.setattr(card, "create_repo", refuse)
+    with pytest.raises(
+        TrainingError, match=r"--push_to_hub: the repository out could not be made \(401 unauthorized\)"
+    ):
+        train(tiny_sd, pictures, tmp_path / "out", "--push_to_hub")
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 def test_push_to_hub(tiny_sd, pictures, tmp_path, monkeypatch, capsys):
@@ -331,6 +410,97 @@ def test_a_new_run_does_not_mix_with_an_old_one(tiny_sd, pictures, tmp_path):
     assert checkpoint.checkpoints(tmp_path) == []
 
 
+@pytest.fixture(scope="module")
+def one_checkpoint(tiny_sd, pictures, tmp_path_factory):
+    output = tmp_path_factory.mktemp("one")
+    train(tiny_sd, pictures, output, "--max_train_steps", 1, "--checkpointing_steps", 1)
+    AcceleratorState._reset_state(True)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--alpha", 2], r"was trained with --alpha 1\.0; received --alpha 2\.0\. Resume with the same"),
+        (["--scaling", "rslora"], r"was trained with --scaling alpha; received --scaling rslora"),
+        (["--layout", "diffusekrona"], r"was trained with --layout kron; received --layout diffusekrona"),
+        (["--optimizer", "SGD"], r"was trained with --optimizer AdamW; received --optimizer SGD"),
+        (["--adapter_type", "lora"], r"was trained with --adapter_type krona, --alpha 1\.0; received"),
+    ],
+)
+def test_resuming_as_something_else_is_an_error(tiny_sd, pictures, tmp_path, one_checkpoint, more, message):
+    with pytest.raises(TrainingError, match=message):
+        train(tiny_sd, pictures, tmp_path, "--resume_from_checkpoint", one_checkpoint / "checkpoint-1", *more)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], None),  # two updates instead of one
+        (["--checkpointing_steps", 7, "--validation_prompt", "x", "--num_validation_images", 0], None),
+        (["--snr_gamma", 5, "--max_grad_norm", 0.5], "(max_grad_norm: 1.0 -> 0.5, snr_gamma: None -> 5.0)"),
+        (["--lr_scheduler", "cosine"], "(max_train_steps: 1 -> 2, lr_scheduler: 'constant' -> 'cosine')"),
+        (["--num_class_images", 5], "(num_class_images: 100 -> 5)"),
+    ],
+)
+def test_resuming_with_other_settings_is_said(tiny_sd, pictures, tmp_path, one_checkpoint, capsys, more, said):
+    train(tiny_sd, pictures, tmp_path, "--resume_from_checkpoint", one_checkpoint / "checkpoint-1", *more)
+    printed = capsys.readouterr().out
+    assert "Resumed from" in printed and ("with other settings" in printed) == (said is not None)
+    assert (said or "") in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("training_state.json", r"training_state\.json is damaged .*resume from another checkpoint"),
+        ("unet/adapter_model.safetensors", r"adapter_model\.safetensors is damaged .*resume from another checkpoint"),
+        ("optimizer.bin", r"checkpoint-1 cannot be restored .*or from another checkpoint if a file of this one is"),
+    ],
+)
+def test_a_damaged_checkpoint(tiny_sd, pictures, tmp_path, one_checkpoint, name, message):
+    damaged = shutil.copytree(one_checkpoint / "checkpoint-1", tmp_path / "checkpoint-1") / name
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    with pytest.raises(TrainingError, match=message):
+        train(tiny_sd, pictures, tmp_path, "--resume_from_checkpoint", "latest")
+
+
+def test_going_on_from_an_earlier_checkpoint(tiny_sd, pictures, tmp_path, capsys):
+    """What was saved after it is of another run now: never mixed with it, never what is rotated away instead."""
+    train(tiny_sd, pictures, tmp_path, "--max_train_steps", 3, "--checkpointing_steps", 1)
+    AcceleratorState._reset_state(True)
+    again = ["--resume_from_checkpoint", "checkpoint-1", "--checkpointing_steps", 1, "--checkpoints_total_limit", 1]
+    train(tiny_sd, pictures, tmp_path, "--learning_rate", 1e-2, *again)
+    assert "checkpoint-2, checkpoint-3 came after it on a way that this run leaves" in capsys.readouterr().out
+    left = ["abandoned-checkpoint-2", "abandoned-checkpoint-3", "checkpoint-2"]
+    assert sorted(p.name for p in tmp_path.glob("*checkpoint-*")) == left
+    state = json.loads((tmp_path / "checkpoint-2" / "training_state.json").read_text())
+    assert state["settings"]["learning_rate"] == 1e-2
+    AcceleratorState._reset_state(True)
+    train(tiny_sd, pictures, tmp_path, "--overwrite_output_dir")
+    assert not list(tmp_path.glob("*checkpoint-*"))
+
+
+def test_going_on_without_another_save(tiny_sd, pictures, tmp_path):
+    """The final adapter is of the new way, so `latest` must not find the old one."""
+    train(tiny_sd, pictures, tmp_path, "--max_train_steps", 3, "--checkpointing_steps", 1)
+    AcceleratorState._reset_state(True)
+    train(tiny_sd, pictures, tmp_path, "--resume_from_checkpoint", "checkpoint-1")
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-1"]
+
+
+def test_resuming_another_folders_checkpoint_does_not_mix(tiny_sd, pictures, tmp_path, one_checkpoint):
+    shutil.copytree(one_checkpoint / "checkpoint-1", tmp_path / "checkpoint-9")
+    with pytest.raises(TrainingError, match=r"has checkpoints of another run \(newest: checkpoint-9\)"):
+        train(tiny_sd, pictures, tmp_path, "--resume_from_checkpoint", one_checkpoint / "checkpoint-1")
+
+
+def test_nothing_left_to_train_is_said(tiny_sd, pictures, tmp_path, one_checkpoint, capsys):
+    source = ["--resume_from_checkpoint", one_checkpoint / "checkpoint-1", "--max_train_steps", 1]
+    assert train(tiny_sd, pictures, tmp_path, *source)["updates"] == 1
+    assert "the checkpoint is of update 1 and 1 were asked for: nothing is left" in capsys.readouterr().out
+
+
 def test_resuming_with_another_adapter_is_an_error(tiny_sd, pictures, tmp_path):
     train(tiny_sd, pictures, tmp_path, "--max_train_steps", 1, "--checkpointing_steps", 1)
     AcceleratorState._reset_state(True)
@@ -338,8 +508,9 @@ def test_resuming_with_another_adapter_is_an_error(tiny_sd, pictures, tmp_path):
         train(tiny_sd, pictures, tmp_path, "--krona_a_out", 8, "--resume_from_checkpoint", "latest")
 
 
-def test_a_full_disk_keeps_what_was_trained(tiny_sd, pictures, tmp_path, capsys, monkeypatch):
-    """Writes fail from the second checkpoint on, as on a full disk: the first stays, nothing half written is left."""
+@contextlib.contextmanager
+def full_disk_from_the_second_save(monkeypatch, size):
+    """No file can be larger than `size(output)` from then on."""
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -348,15 +519,37 @@ def test_a_full_disk_keeps_what_was_trained(tiny_sd, pictures, tmp_path, capsys,
 
     def full_from_two(self, step):
         if step == 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size(self.output), limit[1]))
         return save(self, step)
 
     monkeypatch.setattr(dreambooth_kron.Checkpoints, "save", full_from_two)
     try:
-        code = dreambooth_kron.run(arguments(tiny_sd, pictures, tmp_path, "--checkpointing_steps", 1))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_disk_that_gets_full_in_the_optimizers_file(tiny_sd, pictures, tmp_path, capsys, monkeypatch):
+    """The adapter still fits: the checkpoint is given up, training goes on."""
+
+    def size(output):
+        return (output / "checkpoint-1" / "unet" / "adapter_model.safetensors").stat().st_size + 2000
+
+    with full_disk_from_the_second_save(monkeypatch, size):
+        code = dreambooth_kron.run(
+            arguments(tiny_sd, pictures, tmp_path, "--checkpointing_steps", 1, "--max_train_steps", 3)
+        )
+    assert code == 0
+    assert "checkpoint-2 could not be written" in (printed := capsys.readouterr().out) and "Training goes on" in printed
+    assert [p.name for p in tmp_path.glob("*checkpoint-*")] == ["checkpoint-1"]
+    assert json.loads((tmp_path / "training_summary.json").read_text())["updates"] == 3 and weights(tmp_path)
+
+
+def test_a_full_disk_keeps_what_was_trained(tiny_sd, pictures, tmp_path, capsys, monkeypatch):
+    """Writes fail from the second checkpoint on, as on a full disk: the first stays, nothing half written is left."""
+    with full_disk_from_the_second_save(monkeypatch, lambda _: 4096):
+        code = dreambooth_kron.run(arguments(tiny_sd, pictures, tmp_path, "--checkpointing_steps", 1))
     printed = capsys.readouterr()
     assert code == 2
     assert "checkpoint-2 could not be written" in printed.out and "free some disk space" in printed.out
@@ -408,7 +601,18 @@ def test_ctrl_c_saves_and_resumes(tiny_sd, pictures, tmp_path, capsys, monkeypat
         (["--with_prior_preservation"], r"needs --class_data_dir"),
         (["--use_dora"], r"--use_dora is for --adapter_type lora"),
         (["--resume_from_checkpoint", "checkpoint-7"], r"not a whole checkpoint.*none"),
-        (["--learning_rate", "nan"], r"does not take .*Invalid learning rate"),
+        (["--max_grad_norm", "-1"], r"--max_grad_norm -1\.0: expected at least 0"),
+        (["--target_modules", "("], r"not a valid regular expression .*correct --target_modules, or give names"),
+        (
+            ["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1;2"],
+            r"--lr_step_rules '1;2': .*expected e\.g\.",
+        ),
+        (["--report_to", "foo"], r"--report_to foo: expected none or one of .*tensorboard"),
+        (["--pretrained_vae_model_name_or_path", "{empty}"], r"--pretrained_vae_model_name_or_path .*AutoencoderKL"),
+        (
+            ["--with_prior_preservation", "--class_prompt", "a dog", "--class_data_dir", "{broken}/bad.png"],
+            r"--class_data_dir .*bad\.png: expected a folder, which cannot be made",
+        ),
         (["--noise_offset", "inf"], r"The loss is nan at update 1: try a lower --learning_rate"),
         (["--aspect_ratio_buckets", "1;2"], r"--aspect_ratio_buckets '1;2'"),
     ],

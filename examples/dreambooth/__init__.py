@@ -4,3 +4,8 @@
 
 class TrainingError(Exception):
     """Something that the user can put right; the message says what was expected, what was found and what to do."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of another library, to be quoted in ours."""
+    return " ".join(str(error).split()).rstrip(".")

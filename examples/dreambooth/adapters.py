@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoKrConfig, LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,6 +21,7 @@ from peft_krona.pipelines import load_krona_weights
 
 from . import TrainingError
 
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")  # what can be trained, each in a folder of its name
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": r"to_out\.0"}
@@ -73,6 +77,11 @@ def add_adapter(model: nn.Module, config: PeftConfig, part: str) -> None:
     """
     try:
         model.add_adapter(config)
+    except re.error as error:
+        raise TrainingError(
+            f"The target modules of the {part} are not a valid regular expression ({error}): correct "
+            f"--{'' if part == 'unet' else 'text_encoder_'}target_modules, or give names such as to_q to_k."
+        ) from error
     except (KronAError, ValueError) as error:
         raise TrainingError(f"The adapter does not fit the {part}: {error}") from error
 
@@ -104,7 +113,8 @@ def save_adapters(
         save_file(state, target / "adapter_model.safetensors", metadata={"format": "pt", **metadata})
         config = model.peft_config["default"]
         inference, config.inference_mode = config.inference_mode, True
-        config.base_model_name_or_path = base_model
+        # a local folder resolved, so that the adapter finds it from anywhere
+        config.base_model_name_or_path = str(Path(base_model).resolve()) if os.path.isdir(base_model) else base_model
         config.save_pretrained(target)
         config.inference_mode = inference
 
@@ -119,7 +129,10 @@ def load_state(parts: dict[str, nn.Module], folder: Path) -> None:
         path = folder / name / "adapter_model.safetensors"
         if not path.is_file():
             raise TrainingError(f"{folder} has no {path.name} for the {name}: was it trained with other flags?")
-        state = {k.removeprefix(PREFIX): v for k, v in load_file(path).items()}
+        try:
+            state = {k.removeprefix(PREFIX): v for k, v in load_file(path).items()}
+        except SafetensorError as error:
+            raise TrainingError(f"{path} is damaged ({error}): resume from another checkpoint.") from error
         own = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
         wrong = [
             k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape

@@ -24,7 +24,23 @@ SCHEDULES = (
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 # diffusers' default is 1e-4 for LoRA; 5e-4 is the DiffuseKronA paper's optimum
 LEARNING_RATES = {"krona": 5e-4, "lokr": 5e-4, "lora": 1e-4}
+BETAS, EPSILON = (0.9, 0.999), 1e-8
 SECRETS = ("hub_token",)
+# of this machine: nobody else's business, so neither in the adapter's file nor on its card
+LOCAL = (
+    "output_dir", "overwrite_output_dir", "instance_data_dir", "class_data_dir", "logging_dir", "cache_dir",
+    "local_rank", "demo", "validation_prompt", "resume_from_checkpoint",
+)  # fmt: skip
+PATHS_OR_IDS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name")
+AT_LEAST_0 = (
+    "max_grad_norm", "prior_loss_weight", "lr_warmup_steps", "learning_rate", "learning_rate_a", "learning_rate_b",
+    "text_encoder_lr", "adam_weight_decay", "adam_weight_decay_text_encoder", "adam_epsilon",
+    "dataloader_num_workers", "num_validation_images",
+)  # fmt: skip
+ABOVE_0 = ("snr_gamma", "alpha")
+KRONA_FLAGS = ("krona_a_out", "krona_a_in", "strict_factors", "scaling", "init_weights", "layout")
+CLASS_FLAGS = ("class_data_dir", "class_prompt")
+TEXT_FLAGS = ("text_encoder_lr", "text_encoder_target_modules", "adam_weight_decay_text_encoder")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -191,9 +207,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--lr_num_cycles", type=int, default=1, help="For cosine_with_restarts.")
     group.add_argument("--lr_power", type=float, default=1.0, help="For polynomial.")
     group.add_argument("--lr_step_rules", help='For piecewise_constant, e.g. "1:100,0.1:400,0.01".')
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="Also Prodigy's and schedule-free's.")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="The same.")
-    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="The same.")
+    group.add_argument("--adam_beta1", type=float, default=BETAS[0], help="Also Prodigy's and schedule-free's.")
+    group.add_argument("--adam_beta2", type=float, default=BETAS[1], help="The same.")
+    group.add_argument("--adam_epsilon", type=float, default=EPSILON, help="The same.")
     group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="For every optimizer that has it.")
     group.add_argument("--adam_weight_decay_text_encoder", type=float, help="Default: --adam_weight_decay.")
     group.add_argument("--prodigy_beta3", type=float, help="Default: the root of beta2.")
@@ -243,6 +259,9 @@ def parse_args(argv: Sequence[str] | None, demo_settings: Any = None) -> argpars
         parser.set_defaults(**demo_settings(args.demo))
         args = parser.parse_args(argv)
     check(args)
+    if int(os.environ.get("LOCAL_RANK", 0)) <= 0:
+        for note in without_effect(args, parser):
+            print(f"warning: {note}")
     complete(args)
     return args
 
@@ -260,6 +279,18 @@ def check(args: argparse.Namespace) -> None:
     sources = [args.instance_data_dir, args.dataset_name]
     require(any(sources), "No training images: give --instance_data_dir FOLDER or --dataset_name NAME.")
     require(not all(sources), "--instance_data_dir and --dataset_name were both given; keep one of them.")
+    for name in AT_LEAST_0:
+        value = getattr(args, name)
+        require(value is None or value >= 0, f"--{name} {value}: expected at least 0.")
+    for name in ABOVE_0:
+        value = getattr(args, name)
+        require(value is None or 0 < value < math.inf, f"--{name} {value}: expected a number above 0.")
+    require(0 <= args.seed < 2**32, f"--seed {args.seed}: expected an integer from 0 to {2**32 - 1}.")
+    require(
+        args.learning_rate != 0 or (args.learning_rate_a is None and args.learning_rate_b is None),
+        "--learning_rate 0 with --learning_rate_a or --learning_rate_b: expected above 0, as the text encoder's rates "
+        "follow from their ratio to it. To keep one factor as it is, give 0 for that factor alone.",
+    )
     if args.with_prior_preservation:
         for name in ("class_data_dir", "class_prompt"):
             require(getattr(args, name), f"--with_prior_preservation needs --{name}.")
@@ -290,9 +321,29 @@ def check(args: argparse.Namespace) -> None:
         require(args.hub_token is None, "--report_to wandb would publish --hub_token; use `hf auth login` instead.")
 
 
+def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """A sentence for each group of flags that were given but do nothing here."""
+
+    def given(names: Sequence[str]) -> list[str]:
+        return [f"--{name}" for name in names if getattr(args, name) != parser.get_default(name)]
+
+    kind = args.adapter_type
+    cases = (
+        (KRONA_FLAGS, kind != "krona", "only with --adapter_type krona"),
+        (("module_dropout",), kind == "lora", "only with --adapter_type krona or lokr"),
+        (("lokr_factor",), kind != "lokr", "only with --adapter_type lokr"),
+        (CLASS_FLAGS, not args.with_prior_preservation, "only with --with_prior_preservation"),
+        (TEXT_FLAGS, not args.train_text_encoder, "only with --train_text_encoder"),
+    )
+    return [f"{', '.join(given(names))} has no effect: {why}." for names, idle, why in cases if idle and given(names)]
+
+
 def complete(args: argparse.Namespace) -> None:
     """Fill in the defaults that depend on other flags."""
-    prodigy = args.optimizer.lower() == "prodigy"
+    for name in ("AdamW", "prodigy", "schedulefree"):  # in any case; a resumed run compares them
+        if args.optimizer.lower() == name.lower():
+            args.optimizer = name
+    prodigy = args.optimizer == "prodigy"
     if args.learning_rate is None:
         args.learning_rate = 1.0 if prodigy else LEARNING_RATES[args.adapter_type]
     if args.text_encoder_lr is None:
@@ -325,6 +376,12 @@ def settings(args: argparse.Namespace) -> dict[str, str | int | float | bool]:
     """The arguments as trackers and metadata take them, without secrets."""
     plain = {k: v for k, v in vars(args).items() if v is not None and k not in SECRETS}
     return {k: v if isinstance(v, (str, int, float, bool)) else str(v) for k, v in plain.items()}
+
+
+def public_settings(args: argparse.Namespace) -> dict[str, str | int | float | bool]:
+    """The settings that may leave this machine: without local paths."""
+    shown = {k: v for k, v in settings(args).items() if k not in LOCAL}
+    return {k: v for k, v in shown.items() if not (k in PATHS_OR_IDS and os.path.exists(v))}
 
 
 def positive_int(text: str) -> int:

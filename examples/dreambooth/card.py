@@ -10,7 +10,7 @@ from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image
 
-from . import TrainingError
+from . import TrainingError, one_line
 
 NAMES = {"krona": "KronA (Kronecker)", "lora": "LoRA", "lokr": "LoKr"}
 BODY = """# {{ name }}
@@ -85,8 +85,6 @@ def write_card(
         instance_prompt=trigger(args),
         widget=widget or None,
     )
-    local = ("output_dir", "instance_data_dir", "class_data_dir", "logging_dir", "cache_dir", "local_rank", "demo")
-    shown = {k: v for k, v in settings.items() if k not in local}
     card = ModelCard.from_template(
         data,
         template_str="---\n{{ card_data }}\n---\n\n" + BODY,
@@ -96,7 +94,7 @@ def write_card(
         prompt=trigger(args),
         usage=usage(args),
         files="\n".join(f"- `{f}`" for f in files),
-        settings=table(shown),
+        settings=table(settings),
         summary=table(summary),
     )
     family = "stable-diffusion-xl" if summary["pipeline"].startswith("StableDiffusionXL") else "stable-diffusion"
@@ -111,17 +109,32 @@ def table(values: dict[str, Any]) -> str:
     return "\n".join(f"| {k} | {str(v).replace('|', chr(92) + '|')} |" for k, v in values.items())
 
 
-def push(folder: Path, args: Any) -> str:
+def create(folder: Path, args: Any) -> str:
+    """Make the repository before the training, so that a problem shows at once; returns its id.
+
+    Raises:
+        TrainingError: if the Hub refuses or cannot be reached.
+    """
+    name = args.hub_model_id or folder.resolve().name
+    try:
+        return create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    except Exception as error:  # the Hub's client has many kinds of errors; all mean the same here
+        raise TrainingError(
+            f"--push_to_hub: the repository {name} could not be made ({one_line(error)}). Check `hf auth "
+            "login`, --hub_model_id and the connection, or drop --push_to_hub."
+        ) from error
+
+
+def push(folder: Path, args: Any, repo: str) -> str:
     """Upload the folder without checkpoints and logs; returns the repository's id.
 
     Raises:
         TrainingError: if the Hub refuses or cannot be reached. What was trained is in `folder` all the same.
     """
     try:
-        repo = create_repo(args.hub_model_id or folder.resolve().name, exist_ok=True, token=args.hub_token).repo_id
         upload_folder(
             repo_id=repo, folder_path=folder, commit_message="End of training", token=args.hub_token,
-            ignore_patterns=["checkpoint-*", ".tmp-*", f"{args.logging_dir}/*", "class_images/*"],
+            ignore_patterns=["checkpoint-*", "abandoned-*", ".tmp-*", f"{args.logging_dir}/*", "class_images/*"],
         )  # fmt: skip
     except Exception as error:  # the Hub's client has many kinds of errors; all mean the same here
         raise TrainingError(f"The upload to the Hub failed ({error}). Everything is in {folder}.") from error

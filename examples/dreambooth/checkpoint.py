@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -13,23 +14,30 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from . import TrainingError
+from . import TrainingError, one_line
 
 STATE = "training_state.json"
 TEMPORARY = ".tmp-"  # names that start so are unfinished and never read
-# what decides over the weights; a resumed run that differs here is not the run that was stopped
-FINGERPRINT = (
-    "pretrained_model_name_or_path", "instance_data_dir", "dataset_name", "instance_prompt", "adapter_type", "seed",
-    "train_batch_size", "gradient_accumulation_steps", "learning_rate", "text_encoder_lr", "lr_scheduler", "optimizer",
-    "mixed_precision", "resolution", "with_prior_preservation", "snr_gamma", "noise_offset", "caption_dropout",
-    "random_flip", "center_crop", "cache_latents", "repeats",
-)  # fmt: skip
+ABANDONED = "abandoned-"  # a checkpoint that was newer than the one that a run went on from
+# what has no part in the weights; in everything else a resumed run must be the run that was stopped
+FREE = frozenset((
+    "output_dir", "overwrite_output_dir", "logging_dir", "report_to", "validation_prompt", "num_validation_images",
+    "validation_epochs", "validation_steps", "validation_inference_steps", "validation_guidance_scale", "export",
+    "output_kohya_format", "push_to_hub", "hub_model_id", "hub_token", "checkpointing_steps",
+    "checkpoints_total_limit", "resume_from_checkpoint", "dataloader_num_workers", "cache_dir", "local_rank", "demo",
+))  # fmt: skip
+# with another value the saved weights would load but mean something else, or the optimizer's state would not fit
+FIXED = ("adapter_type", "alpha", "scaling", "layout", "optimizer", "use_8bit_adam")
+LENGTH = ("max_train_steps", "num_train_epochs")
+ENDLESS = ("constant", "constant_with_warmup", "piecewise_constant")  # schedules that do not look at the length
 
 
 def is_write_error(error: BaseException) -> bool:
     """Whether a file could not be written (disk full, quota, permissions), as the libraries below report it."""
+    # torch.save reports a full disk as such, or only that its file (inline_container.cc) ended at the wrong place
+    words = ("PytorchStreamWriter", "inline_container", "iostream error")
     return isinstance(error, (OSError, SafetensorError)) or (
-        (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)) or "iostream error" in str(error)
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
 
 
@@ -74,15 +82,32 @@ def checkpoints(output: Path) -> list[Path]:
     return [path for _, path in sorted(found) if (path / STATE).is_file()]
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """{"step", "settings"} of a checkpoint.
+
+    Raises:
+        TrainingError: if its file is damaged.
+    """
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        return {"step": int(state["step"]), "settings": dict(state["settings"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{path / STATE} is damaged ({error!r}): expected JSON with step and settings; resume from another "
+            "checkpoint."
+        ) from error
+
+
 class Checkpoints:
     """Saves, rotates and restores the training state of an accelerator."""
 
     def __init__(self, accelerator: Any, output: Path, args: Any):
         self.accelerator, self.output, self.args = accelerator, output, args
         self.saved_step: int | None = None
+        self.abandoned: list[Path] = []
 
     def fingerprint(self) -> dict[str, Any]:
-        found = {name: getattr(self.args, name) for name in FINGERPRINT}
+        found = {name: value for name, value in vars(self.args).items() if name not in FREE}
         return found | {"processes": self.accelerator.num_processes}
 
     def save(self, step: int, also: Callable[[Path], None] | None = None) -> Path | None:
@@ -97,6 +122,7 @@ class Checkpoints:
         main, problem = self.accelerator.is_main_process, None
         try:
             if main:
+                self.set_aside()
                 remove(temporary)
                 temporary.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
@@ -122,7 +148,7 @@ class Checkpoints:
             return None
         self.saved_step = step
         if main:
-            self.rotate()
+            self.rotate(final)
         self.accelerator.wait_for_everyone()
         return final
 
@@ -131,11 +157,18 @@ class Checkpoints:
         where = f"The newest whole checkpoint is {kept[-1]}." if kept else "There is no whole checkpoint yet."
         return f"{path} could not be written ({error}): free some disk space. Nothing half written was left. {where}"
 
-    def rotate(self) -> None:
+    def rotate(self, just_saved: Path) -> None:
         limit = self.args.checkpoints_total_limit
         if limit is not None:
             for old in checkpoints(self.output)[:-limit]:
-                remove(old)
+                if old != just_saved:
+                    remove(old)
+
+    def set_aside(self) -> None:
+        """Rename the checkpoints of the way that this run has left, before it saves anything of its own."""
+        while self.abandoned:
+            old = self.abandoned.pop()
+            replace_folder(old, old.with_name(f"{ABANDONED}{old.name}"))
 
     def find(self, wanted: str | None) -> Path | None:
         """The checkpoint to resume from; None: start anew.
@@ -145,16 +178,7 @@ class Checkpoints:
         """
         here = checkpoints(self.output)
         if wanted is None:
-            if here and not self.args.overwrite_output_dir:
-                raise TrainingError(
-                    f"{self.output} has checkpoints of another run (newest: {here[-1].name}). Go on with it by "
-                    "--resume_from_checkpoint latest, choose another --output_dir, or delete them by "
-                    "--overwrite_output_dir."
-                )
-            self.accelerator.wait_for_everyone()  # every process has looked
-            if self.accelerator.is_main_process:
-                for old in here:
-                    remove(old)
+            self.start_anew(here)
             return None
         if wanted == "latest":
             if not here:
@@ -163,27 +187,84 @@ class Checkpoints:
             return here[-1]
         for path in (Path(wanted), self.output / Path(wanted).name):
             if (path / STATE).is_file():
+                if path.resolve().parent != self.output.resolve():
+                    self.start_anew(here)
                 return path
         names = ", ".join(p.name for p in here) or "none"
         raise TrainingError(
             f"--resume_from_checkpoint {wanted}: not a whole checkpoint (no {STATE} in it). In {self.output}: {names}."
         )
 
+    def start_anew(self, here: list[Path]) -> None:
+        """Without the checkpoints of another run, which --overwrite_output_dir removes."""
+        if here and not self.args.overwrite_output_dir:
+            raise TrainingError(
+                f"{self.output} has checkpoints of another run (newest: {here[-1].name}). Go on with it by "
+                "--resume_from_checkpoint latest, choose another --output_dir, or delete them by "
+                "--overwrite_output_dir."
+            )
+        self.accelerator.wait_for_everyone()  # every process has looked
+        if self.accelerator.is_main_process:
+            for old in (*here, *(self.output.glob(f"{ABANDONED}*") if self.args.overwrite_output_dir else ())):
+                remove(old)
+
     def resume(self, wanted: str | None) -> int:
-        """Restore a checkpoint; returns the number of updates done so far."""
+        """Restore a checkpoint; returns the number of updates done so far.
+
+        Raises:
+            TrainingError: if it is damaged, or is of an adapter or an optimizer that the flags do not describe.
+        """
         path = self.find(wanted)
         if path is None:
             return 0
-        state = json.loads((path / STATE).read_text())
-        now = self.fingerprint()
-        before = {k: v for k, v in state["settings"].items() if str(now.get(k)) != str(v)}
-        if before:
-            changes = ", ".join(f"{k}: {v!r} -> {now.get(k)!r}" for k, v in before.items())
-            self.accelerator.print(f"warning: resuming with other settings, so not the same run ({changes}).")
+        state = read_state(path)
+        self.compare(path, state["settings"])
         try:
             self.accelerator.load_state(str(path))
-        except (FileNotFoundError, RuntimeError, ValueError, KeyError) as error:
-            raise TrainingError(f"{path} cannot be restored with these flags: {error}") from error
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            KeyError,
+            EOFError,
+            pickle.UnpicklingError,
+            SafetensorError,
+        ) as error:
+            raise TrainingError(
+                f"{path} cannot be restored with these flags: {one_line(error)}. Resume with the flags of that run, "
+                "or from another checkpoint if a file of this one is damaged."
+            ) from error
         self.accelerator.print(f"Resumed from {path}, after {state['step']} updates.")
-        self.saved_step = state["step"]
+        if path.resolve().parent == self.output.resolve():
+            self.saved_step = state["step"]
+            newer = [p for p in checkpoints(self.output) if int(p.name.partition("-")[2]) > self.saved_step]
+            if newer:
+                self.accelerator.print(
+                    f"{', '.join(p.name for p in newer)} came after it on a way that this run leaves: renamed to "
+                    f"{ABANDONED}... at the next save; delete them if they are not needed."
+                )
+            self.abandoned = newer
         return state["step"]
+
+    def compare(self, path: Path, before: dict[str, Any]) -> None:
+        """Say which settings are not those of the checkpoint.
+
+        Raises:
+            TrainingError: if one of them makes another thing of the saved weights or of the optimizer's state.
+        """
+        now = self.fingerprint()
+        free = FREE | (set(LENGTH) if self.args.lr_scheduler in ENDLESS else set())
+        changed = {k: v for k, v in before.items() if k not in free and str(now.get(k)) != str(v)}
+        fixed = [k for k in FIXED if k in changed]
+        if fixed:
+            raise TrainingError(
+                f"{path} was trained with {', '.join(f'--{k} {changed[k]}' for k in fixed)}; received "
+                f"{', '.join(f'--{k} {now.get(k)}' for k in fixed)}. Resume with the same, or choose another "
+                "--output_dir."
+            )
+        if changed:
+            changes = ", ".join(f"{k}: {v!r} -> {now.get(k)!r}" for k, v in changed.items())
+            self.accelerator.print(
+                f"warning: resuming with other settings, so not the same run ({changes}). Learning rates, betas and "
+                "weight decay stay those of the checkpoint."
+            )

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from . import TrainingError
 from .data import image_files
 from .evaluate import for_sampling, sample
 
@@ -23,7 +24,12 @@ def make_class_images(pipe: Any, args: Any, accelerator: Accelerator) -> None:
     Image number i has seed i, whichever process makes it, so a stopped run goes on where it was.
     """
     folder = Path(args.class_data_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(
+            f"--class_data_dir {folder}: expected a folder, which cannot be made here: {error}."
+        ) from error
     have = image_files(folder)
     accelerator.wait_for_everyone()  # all have counted before anyone adds
     taken = {p.name for p in have}

@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets, parse_buckets_string
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
 
-from . import TrainingError
+from . import TrainingError, one_line
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 Size = tuple[int, int]  # height, width
+# what PIL raises for files that are no images, are cut off, or are larger than its limit
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 @dataclass
@@ -52,7 +54,7 @@ def open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return as_rgb(image)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise TrainingError(
             f"{path} cannot be read as an image ({error}). Replace it, or remove it from the folder."
         ) from error
@@ -60,6 +62,9 @@ def open_image(path: Path) -> Image.Image:
 
 def as_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
+    # 16-bit greyscale, which old versions of PIL open as "I"; its own conversion cuts off at 255: all becomes white
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -94,12 +99,18 @@ def read_folder(folder: str | Path, default_caption: str | None, caption_column:
             f"{folder} has no images, nor has {folder / 'input'}; expected files ending in "
             f"{', '.join(sorted(SUFFIXES))}.{hint}"
         )
-    metadata = read_metadata(files[0].parent / "metadata.jsonl", caption_column or "text")
+    table = files[0].parent / "metadata.jsonl"
+    if caption_column and not table.is_file():
+        raise TrainingError(
+            f"--caption_column {caption_column!r}: expected {table} with that key, which does not exist; write it "
+            "or drop the flag."
+        )
+    metadata = read_metadata(table, caption_column or "text")
     pictures = []
     for path in files:
         caption, sidecar = metadata.get(path.name), path.with_suffix(".txt")
         if not caption and sidecar.is_file():
-            caption = sidecar.read_text(encoding="utf-8").strip()
+            caption = read_text(sidecar).strip()
         pictures.append(
             Picture(
                 lambda path=path: open_image(path), str(path), caption or default_caption, size_of(open_image(path))
@@ -108,17 +119,26 @@ def read_folder(folder: str | Path, default_caption: str | None, caption_column:
     return check_captions(pictures)
 
 
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"{path} is not UTF-8 text ({error}): save it as UTF-8.") from error
+
+
 def read_metadata(path: Path, column: str) -> dict[str, str]:
     """{file name: caption} of a metadata.jsonl as `datasets` has it; empty if there is none."""
     if not path.is_file():
         return {}
     captions = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            captions[row["file_name"]] = row[column]
+            captions[row["file_name"]] = caption = row[column]
+            if not isinstance(caption, str | None):
+                raise TypeError(f"{column!r} is {caption!r}, not a text")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise TrainingError(
                 f"{path}, line {number}: expected a JSON object with file_name and {column!r} ({error!r}); choose "
@@ -129,30 +149,47 @@ def read_metadata(path: Path, column: str) -> dict[str, str]:
 
 def read_dataset(args: Any) -> list[Picture]:
     """Images and captions of a dataset on the Hub or on disk."""
-    from datasets import load_dataset
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise TrainingError(
+            f"--dataset_name needs a package that is missing ({error}): pip install datasets"
+        ) from error
 
-    data = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split, cache_dir=args.cache_dir)
+    name, split = args.dataset_name, args.dataset_split
+    try:
+        data = load_dataset(name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise TrainingError(
+            f"--dataset_name {name} (split {split!r}) could not be loaded: {one_line(error)}. Expected an id on the "
+            "Hub or a folder, and one of its splits in --dataset_split."
+        ) from error
     for flag, column in (("image_column", args.image_column), ("caption_column", args.caption_column)):
         if column is not None and column not in data.column_names:
             raise TrainingError(f"--{flag} {column!r}: the dataset's columns are {', '.join(data.column_names)}.")
     pictures = []
-    for i in range(len(data)):
-        caption = data[i][args.caption_column] if args.caption_column else None
-        image = data[i][args.image_column]
-        if not isinstance(image, Image.Image):
+    captions = data[args.caption_column] if args.caption_column else [None] * len(data)
+    for i, caption in enumerate(captions):
+
+        def load(i: int = i) -> Image.Image:
+            try:
+                image = data[i][args.image_column]
+                if isinstance(image, Image.Image):
+                    return as_rgb(image)
+            except UNREADABLE as error:
+                raise TrainingError(
+                    f"{name}[{i}] cannot be read as an image ({error}). Replace it, or remove it from the dataset."
+                ) from error
             raise TrainingError(
                 f"Column {args.image_column!r} holds {type(image).__name__}, not images; set --image_column."
             )
-        pictures.append(
-            Picture(
-                lambda i=i: as_rgb(data[i][args.image_column]),
-                f"{args.dataset_name}[{i}]",
-                caption or args.instance_prompt,
-                size_of(as_rgb(image)),
-            )
-        )
+
+        if not isinstance(caption, str | None):
+            raise TrainingError(f"{name}[{i}]: --caption_column {args.caption_column!r} is {caption!r}, not a text.")
+        pictures.append(Picture(load, f"{name}[{i}]", caption or args.instance_prompt, size_of(load())))
     if not pictures:
-        raise TrainingError(f"--dataset_name {args.dataset_name}: split {args.dataset_split!r} is empty.")
+        raise TrainingError(f"--dataset_name {name}: split {split!r} is empty.")
     return check_captions(pictures)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 
-from . import TrainingError
+from . import TrainingError, one_line
 from .adapters import load_adapters
 
 
@@ -38,13 +38,33 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **kwargs: Any) 
             kwargs |= {"safety_checker": None, "requires_safety_checker": False}
         pipe = DiffusionPipeline.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
-        raise TrainingError(f"{path} could not be loaded as a diffusers pipeline: {error}") from error
+        raise TrainingError(f"{path} could not be loaded as a diffusers pipeline: {one_line(error)}") from error
     missing = [n for n in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if getattr(pipe, n, None) is None]
     if missing:
         raise TrainingError(
             f"{path} is a {type(pipe).__name__} without {', '.join(missing)}; expected Stable Diffusion 1.x, 2.x or XL."
         )
     return pipe.to(dtype)  # files may be in another dtype
+
+
+def base_pipeline(args: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline that the flags name, with the VAE that they name.
+
+    Raises:
+        TrainingError: if one of them cannot be loaded.
+    """
+    source = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    pipe = load_pipeline(args.pretrained_model_name_or_path, dtype, **source)
+    vae = args.pretrained_vae_model_name_or_path
+    if vae:
+        try:
+            pipe.vae = AutoencoderKL.from_pretrained(vae, cache_dir=args.cache_dir).to(dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise TrainingError(
+                f"--pretrained_vae_model_name_or_path {vae}: expected the folder of an AutoencoderKL, or its id on the "
+                f"Hub: {one_line(error)}"
+            ) from error
+    return pipe
 
 
 @contextlib.contextmanager
@@ -89,7 +109,7 @@ def validation(pipe: Any, args: Any, size: tuple[int, int], autocast: Any = None
 
 def from_file(args: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """A fresh pipeline with the adapter as it was saved."""
-    pipe = load_pipeline(args.pretrained_model_name_or_path, dtype, revision=args.revision, variant=args.variant)
+    pipe = base_pipeline(args, dtype)
     load_adapters(pipe, folder)
     return pipe.to(device)
 

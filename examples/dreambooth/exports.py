@@ -4,12 +4,34 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from peft_krona.convert import base_of_folder, export, guess_base, read_adapter
 from peft_krona.errors import FormatError
+
+
+def remove_exports(output: Path) -> list[Path]:
+    """Remove what `export_for_other_tools` wrote of earlier weights; other files are left alone."""
+    stem = re.escape(output.resolve().name)
+    removed = []
+    for path in sorted(output.glob("*.safetensors")):
+        if re.fullmatch(rf"{stem}(_term\d+of\d+)?\.safetensors", path.name) and is_export(path):
+            path.unlink()
+            removed.append(path)
+    return removed
+
+
+def is_export(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return "krona.source" in (file.metadata() or {})
+    except SafetensorError:  # no safetensors file, so none of ours: those are renamed when they are whole
+        return False
 
 
 def export_for_other_tools(output: Path, kind: str, args: Any, say: Callable[[str], None]) -> list[str]:

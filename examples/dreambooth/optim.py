@@ -9,9 +9,11 @@ import inspect
 from typing import Any
 
 import torch
+from diffusers.optimization import get_scheduler
 from torch import nn
 
 from . import TrainingError
+from .arguments import BETAS, EPSILON
 
 # left factors: KronA's A, LoRA's A, LoKr's w1; everything else counts as B
 LEFT = ("krona_A", "lora_A", "lokr_w1")
@@ -61,8 +63,15 @@ def build_optimizer(groups: list[dict[str, Any]], args: Any) -> torch.optim.Opti
         cls, settings = torch.optim.AdamW, {"betas": betas, "eps": eps}
     else:
         cls, settings = find_class(args.optimizer), {}
+        if cls is torch.optim.SparseAdam:
+            raise TrainingError(f"--optimizer {args.optimizer} is for sparse gradients, which adapters do not have.")
         accepted = inspect.signature(cls.__init__).parameters
-        settings = {k: v for k, v in {"betas": betas, "eps": eps}.items() if k in accepted}
+        given = {"betas": (betas, BETAS), "eps": (eps, EPSILON)}  # with what they are if nobody sets them
+        settings = {
+            k: value
+            for k, (value, usual) in given.items()
+            if k in accepted and (value != usual or is_same_kind(accepted[k].default, value))
+        }
         if "weight_decay" not in accepted:
             groups = [{k: v for k, v in g.items() if k != "weight_decay"} for g in groups]
     settings |= parse_settings(args.optimizer_args)
@@ -70,6 +79,33 @@ def build_optimizer(groups: list[dict[str, Any]], args: Any) -> torch.optim.Opti
         return cls(groups, lr=args.learning_rate, **settings)
     except (TypeError, ValueError) as error:
         raise TrainingError(f"--optimizer {args.optimizer} does not take {settings}: {error}.") from error
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, args: Any, total: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule of --lr_scheduler over `total` updates.
+
+    Raises:
+        TrainingError: if --lr_step_rules cannot be read.
+    """
+    try:
+        return get_scheduler(
+            args.lr_scheduler, optimizer, step_rules=args.lr_step_rules, num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=total, num_cycles=args.lr_num_cycles, power=args.lr_power,
+        )  # fmt: skip
+    except (ValueError, IndexError) as error:
+        raise TrainingError(
+            f"--lr_scheduler {args.lr_scheduler} with --lr_step_rules {args.lr_step_rules!r}: {error}; expected e.g. "
+            '"1:100,0.1:400,0.01" (factor:step pairs, then the last factor).'
+        ) from error
+
+
+def is_same_kind(default: Any, value: Any) -> bool:
+    """Adafactor's eps, for one, is a pair."""
+    if default is inspect.Parameter.empty:
+        return True
+    if isinstance(value, tuple):
+        return isinstance(default, (tuple, list)) and len(default) == len(value)
+    return isinstance(default, (int, float))
 
 
 def find_class(name: str) -> type:
@@ -82,7 +118,8 @@ def find_class(name: str) -> type:
             f"{name} needs a package that is missing: pip install {module.partition('.')[0]}"
         ) from error
     except AttributeError as error:
-        known = [n for n, c in vars(torch.optim).items() if inspect.isclass(c) and n != "Optimizer"]
+        unfit = ("Optimizer", "SparseAdam", "LBFGS")
+        known = [n for n, c in vars(torch.optim).items() if inspect.isclass(c) and n not in unfit]
         raise TrainingError(
             f"--optimizer {name!r} is unknown; expected AdamW, prodigy, schedulefree, one of torch.optim's "
             f"({', '.join(known)}), or package.module.Class."
