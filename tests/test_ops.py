@@ -356,11 +356,20 @@ CONVS = [  # dims, in, out, kernel, stride, padding, dilation, groups, (a_out, a
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CONVS, ids=str)
-def test_kron_conv_and_gradients(case, layout):
+@pytest.mark.parametrize(
+    "case,channels_last",
+    [*((case, False) for case in CONVS), *((case, True) for case in CONVS if case[0] > 1)],
+    ids=lambda value: (
+        {True: "channels last", False: "contiguous"}.get(value) if isinstance(value, bool) else str(value)
+    ),
+)
+def test_kron_conv_and_gradients(case, channels_last, layout):
     dims, n_in, n_out, k, stride, padding, dilation, groups, (a_out, a_in), r = case
     conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
-    x = torch.randn(2, n_in, *[7] * dims, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, n_in, *[7] * dims, dtype=torch.float64)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
+    x.requires_grad_()
     A = torch.randn(r, a_out, a_in, dtype=torch.float64, requires_grad=True)
     B = torch.randn(r, n_out // a_out, n_in // groups // a_in, *[k] * dims, dtype=torch.float64, requires_grad=True)
     args = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -372,6 +381,17 @@ def test_kron_conv_and_gradients(case, layout):
     dense = conv(x, kron_delta_weight(A, B, scale=0.3, layout=layout), **args)
     for got, want in zip(torch.autograd.grad(y, (x, A, B), dy), torch.autograd.grad(dense, (x, A, B), dy), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_convolution_keeps_no_copy_of_its_input(memory_format):
+    x = torch.randn(2, 16, 8, 8).to(memory_format=memory_format).requires_grad_()
+    A, B = torch.randn(1, 4, 4, requires_grad=True), torch.randn(1, 2, 4, 3, 3, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        kron_conv(x, A, B, stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+    large = [t for t in kept if t.numel() >= x.numel()]
+    assert large and all(t.data_ptr() == x.data_ptr() for t in large)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -50,14 +50,23 @@ def kron_conv(
             Y = conv(V, B.permute(1, 0, *range(2, B.dim())).reshape(b_out, r * b_in, *kernel), **args)
             Y = Y.view(N, a_out, b_out, *Y.shape[2:])
         else:
-            X = x.reshape(N * groups * a_in, b_in, *x.shape[2:])
-            U = conv(X, B.reshape(r * b_out, b_in, *kernel), **args)
+            kernels = B.reshape(r * b_out, b_in, *kernel)
+            if _channels_last(x):  # parts of its channels are no images of their own without a copy of x
+                parts = groups * a_in
+                U = conv(x, kernels.repeat(parts, *[1] * (dims + 1)), groups=parts, **args)
+            else:  # two to five times quicker on a CPU
+                U = conv(x.reshape(N * groups * a_in, b_in, *x.shape[2:]), kernels, **args)
             U = U.view(N, groups, a_in, r, b_out, *U.shape[2:])
             Y = _mix(A, U, layout)
         if layout == "diffusekrona":
             Y = Y.transpose(1, 2)
         Y = Y.reshape(N, a_out * b_out, *Y.shape[3:])
     return Y.squeeze(0) if unbatched else Y
+
+
+def _channels_last(x: torch.Tensor) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return not x.is_contiguous() and x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
 
 
 def _mix(A: torch.Tensor, U: torch.Tensor, layout: str) -> torch.Tensor:
