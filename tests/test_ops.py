@@ -359,9 +359,7 @@ CONVS = [  # dims, in, out, kernel, stride, padding, dilation, groups, (a_out, a
 @pytest.mark.parametrize(
     "case,channels_last",
     [*((case, False) for case in CONVS), *((case, True) for case in CONVS if case[0] > 1)],
-    ids=lambda value: (
-        {True: "channels last", False: "contiguous"}.get(value) if isinstance(value, bool) else str(value)
-    ),
+    ids=lambda value: str(value) if isinstance(value, tuple) else "channels last" if value else "contiguous",
 )
 def test_kron_conv_and_gradients(case, channels_last, layout):
     dims, n_in, n_out, k, stride, padding, dilation, groups, (a_out, a_in), r = case

@@ -54,7 +54,7 @@ def kron_conv(
             if _channels_last(x):  # parts of its channels are no images of their own without a copy of x
                 parts = groups * a_in
                 U = conv(x, kernels.repeat(parts, *[1] * (dims + 1)), groups=parts, **args)
-            else:  # two to five times quicker on a CPU
+            else:  # 3 x 3 kernels take a CPU half to a fifth of the time so
                 U = conv(x.reshape(N * groups * a_in, b_in, *x.shape[2:]), kernels, **args)
             U = U.view(N, groups, a_in, r, b_out, *U.shape[2:])
             Y = _mix(A, U, layout)
