@@ -521,3 +521,35 @@ def test_demo_backgrounds_are_new():
     for name, subject in demo.subjects().items():
         prompts = demo.prompts_of(name, "a sks thing")
         assert len(prompts) == 7 and not set(prompts) & set(subject["colours"])
+
+
+def test_checkpoints_that_were_set_aside(tmp_path, capsys):
+    """They neither replace each other nor pass for those of their step, and only they are ever removed."""
+
+    def put(name, step):
+        (tmp_path / name).mkdir()
+        state = {"step": step, "settings": {"optimizer": "adamw", "processes": 1}}  # typed so by the user
+        (tmp_path / name / checkpoint.STATE).write_text(json.dumps(state))
+
+    for name in ("checkpoint-20", "checkpoint-30", "abandoned-checkpoint-20", "abandoned-checkpoint-30"):
+        put(name, int(name[-2:]))
+    precious = {"abandoned-photos/a.jpg", "abandoned-ideas.txt", "elsewhere/b.txt"}
+    for name in precious:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("precious")
+    accelerator = SimpleNamespace(
+        is_main_process=True, num_processes=1, print=print, load_state=lambda path: None, wait_for_everyone=lambda: None
+    )
+    args = SimpleNamespace(lr_scheduler="constant", optimizer="AdamW", overwrite_output_dir=True)
+    run = checkpoint.Checkpoints(accelerator, tmp_path, args)
+    assert run.resume("abandoned-checkpoint-20") == 20 and run.saved_step is None
+    assert "other settings" not in capsys.readouterr().out
+    run.set_aside()
+    found = sorted(p.name for p in tmp_path.glob("*checkpoint-*"))
+    assert found == [f"abandoned-{n}checkpoint-{step}" for n in ("2-", "") for step in (20, 30)]
+
+    (tmp_path / "checkpoint-40").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / checkpoint.STATE).write_text("{}")
+    assert checkpoint.Checkpoints(accelerator, tmp_path, args).find(None) is None
+    assert not list(tmp_path.glob("*checkpoint-*")) and not list(tmp_path.glob(".tmp-*"))
+    assert all((tmp_path / name).read_text() == "precious" for name in precious)

@@ -349,6 +349,26 @@ def test_merged_restores_a_weight_that_two_layers_share():
     assert_same_bits(model, before)
 
 
+@pytest.mark.parametrize("how", ["merge_adapter", "merged", "merge_and_unload"])
+@pytest.mark.parametrize("merging_in", [torch.inference_mode, torch.no_grad], ids=["inference", "no_grad"])
+def test_a_base_made_in_inference_mode(merging_in, how):
+    with torch.inference_mode():
+        model, x = adapted_mlp(), torch.randn(3, 10)
+        want = model(x)
+    with merging_in():
+        if how == "merged":
+            with peft_krona.merged(model):
+                torch.testing.assert_close(model(x), want)
+            assert torch.equal(model(x), want)
+        elif how == "merge_adapter":
+            model.merge_adapter()
+            torch.testing.assert_close(model(x), want)
+            model.unmerge_adapter()
+            assert torch.equal(model(x), want)
+        else:
+            torch.testing.assert_close(model.merge_and_unload()(x), want)
+
+
 @pytest.mark.parametrize("keep", [True, False], ids=["merge_adapter", "merge_and_unload"])
 def test_a_base_merged_in_inference_mode_can_be_trained(keep):
     model, x = adapted_mlp(), torch.randn(3, 10)

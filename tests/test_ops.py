@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every op against dW built from the definition in float64, outputs and all gradients."""
 
+import functools
 import itertools
 
 import pytest
@@ -379,6 +380,14 @@ def test_kron_conv_and_gradients(case, channels_last, layout):
     dense = conv(x, kron_delta_weight(A, B, scale=0.3, layout=layout), **args)
     for got, want in zip(torch.autograd.grad(y, (x, A, B), dy), torch.autograd.grad(dense, (x, A, B), dy), strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_convolutions_of_channels_last_images_under_vmap():
+    x = torch.randn(3, 2, 8, 5, 5, dtype=torch.float64).transpose(2, 4)  # (3, N, 5, 5, 8)
+    x = x.movedim(4, 2)  # back to channels first, with channels last in memory
+    A, B = torch.randn(1, 4, 2, dtype=torch.float64), torch.randn(1, 2, 4, 3, 3, dtype=torch.float64)
+    conv = functools.partial(kron_conv, A=A, B=B, stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+    torch.testing.assert_close(torch.func.vmap(conv)(x), torch.stack([conv(image) for image in x]))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)

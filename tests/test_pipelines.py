@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -264,11 +265,17 @@ def test_a_save_replaces_the_earlier_adapter(saved, tmp_path):
     for kept in ("notes.txt", "checkpoint-5/adapter_config.json", "vae/config.json"):
         (folder / kept).parent.mkdir(exist_ok=True)
         (folder / kept).write_text("{}")
+    for kept, kind in (("text_encoder_best", "KRONA"), ("text_encoder_3", "LORA")):  # no component; another method's
+        (folder / kept).mkdir()
+        (folder / kept / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
     pipe = tiny.sd_pipeline()
     add_krona(pipe, config())
     image = tiny.image(pipe)
     assert save_krona_weights(pipe, folder) == [folder / "unet"]
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint-5", "notes.txt", "unet", "vae"]
+    kept = ["checkpoint-5", "notes.txt", "text_encoder_3", "text_encoder_best", "unet", "vae"]
+    assert sorted(p.name for p in folder.iterdir()) == kept
+    shutil.rmtree(folder / "text_encoder_3")
+    shutil.rmtree(folder / "text_encoder_best")
     (folder / "checkpoint-5" / "adapter_config.json").unlink()
     fresh = tiny.sd_pipeline()
     assert load_krona_weights(fresh, folder) == ["unet"]

@@ -53,6 +53,8 @@ def replace_folder(source: Path, target: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Delete a folder; renamed first, so that a half deleted one does not look like a whole one."""
+    if folder.is_symlink():  # what it leads to lies elsewhere and is left alone
+        folder.unlink()
     if not folder.exists():
         return
     if not folder.name.startswith(TEMPORARY):
@@ -70,7 +72,7 @@ def clean(output: Path) -> None:
         original = output / path.name.removeprefix(f"{TEMPORARY}old-")
         if path.name.startswith(f"{TEMPORARY}old-") and not original.exists():
             os.replace(path, original)
-        elif path.is_dir():
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
@@ -168,7 +170,10 @@ class Checkpoints:
         """Rename the checkpoints of the way that this run has left, before it saves anything of its own."""
         while self.abandoned:
             old = self.abandoned.pop()
-            replace_folder(old, old.with_name(f"{ABANDONED}{old.name}"))
+            new, number = old.with_name(f"{ABANDONED}{old.name}"), 2
+            while new.exists():  # set aside before, on another way
+                new, number = old.with_name(f"{ABANDONED}{number}-{old.name}"), number + 1
+            os.replace(old, new)
 
     def find(self, wanted: str | None) -> Path | None:
         """The checkpoint to resume from; None: start anew.
@@ -205,8 +210,14 @@ class Checkpoints:
             )
         self.accelerator.wait_for_everyone()  # every process has looked
         if self.accelerator.is_main_process:
-            for old in (*here, *(self.output.glob(f"{ABANDONED}*") if self.args.overwrite_output_dir else ())):
+            for old in (*here, *(self.set_aside_before() if self.args.overwrite_output_dir else ())):
                 remove(old)
+
+    def set_aside_before(self) -> list[Path]:
+        """The checkpoints that `set_aside` has renamed; nothing else that may have such a name."""
+        name = re.compile(rf"{ABANDONED}(\d+-)?checkpoint-\d+")
+        found = sorted(self.output.glob(f"{ABANDONED}*"))
+        return [path for path in found if name.fullmatch(path.name) and (path / STATE).is_file()]
 
     def resume(self, wanted: str | None) -> int:
         """Restore a checkpoint; returns the number of updates done so far.
@@ -236,8 +247,11 @@ class Checkpoints:
             ) from error
         self.accelerator.print(f"Resumed from {path}, after {state['step']} updates.")
         if path.resolve().parent == self.output.resolve():
-            self.saved_step = state["step"]
-            newer = [p for p in checkpoints(self.output) if int(p.name.partition("-")[2]) > self.saved_step]
+            # one that was set aside is a branch of its own: a checkpoint of the same step is not it
+            its_own = path.name == f"checkpoint-{state['step']}"
+            self.saved_step = state["step"] if its_own else None
+            after = state["step"] + its_own
+            newer = [p for p in checkpoints(self.output) if int(p.name.partition("-")[2]) >= after]
             if newer:
                 self.accelerator.print(
                     f"{', '.join(p.name for p in newer)} came after it on a way that this run leaves: renamed to "
@@ -254,7 +268,8 @@ class Checkpoints:
         """
         now = self.fingerprint()
         free = FREE | (set(LENGTH) if self.args.lr_scheduler in ENDLESS else set())
-        changed = {k: v for k, v in before.items() if k not in free and str(now.get(k)) != str(v)}
+        # names of optimizers may be in any case
+        changed = {k: v for k, v in before.items() if k not in free and str(now.get(k)).lower() != str(v).lower()}
         fixed = [k for k in FIXED if k in changed]
         if fixed:
             raise TrainingError(

@@ -20,7 +20,7 @@ def remove_exports(output: Path) -> list[Path]:
     stem = re.escape(output.resolve().name)
     removed = []
     for path in sorted(output.glob("*.safetensors")):
-        if re.fullmatch(rf"{stem}(_term\d+of\d+)?\.safetensors", path.name) and is_export(path):
+        if re.fullmatch(rf"{stem}(_term\d+of\d+)?\.safetensors", path.name) and path.is_file() and is_export(path):
             path.unlink()
             removed.append(path)
     return removed

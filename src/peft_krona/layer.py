@@ -234,7 +234,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         if not adapter_names:
             return
         self.check_merge(adapter_names, check_finite=safe_merge)
-        with _ordinary_tensors():
+        with _tensors_as(self.get_base_layer()):
             self._merge(adapter_names)
 
     def _merge(self, adapter_names: list[str]) -> None:
@@ -257,7 +257,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        with _ordinary_tensors():
+        with _tensors_as(self.get_base_layer()):
             if self._snapshot.untouched():
                 self._snapshot.restore()
             else:
@@ -352,9 +352,13 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
 
 @contextmanager
-def _ordinary_tensors() -> Iterator[None]:
-    """No graph, and no inference tensors inside torch.inference_mode either: a base weight must stay trainable."""
-    with torch.inference_mode(False), torch.no_grad():
+def _tensors_as(base: nn.Module) -> Iterator[None]:
+    """No graph, and new tensors of the kind that the base weight is, inside torch.inference_mode or not.
+
+    A weight that can be trained must stay so; an inference tensor cannot take an ordinary one's values.
+    """
+    weight = getattr(base, "weight", None)
+    with torch.inference_mode(isinstance(weight, torch.Tensor) and weight.is_inference()), torch.no_grad():
         yield
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -87,7 +88,7 @@ def save_krona_weights(pipe: Any, save_directory: str | os.PathLike, adapter_nam
 
     A component's folder is written under a temporary name and renamed, so it is never half written. A save replaces
     the adapter that is there: once the new folders are in place, those of components that have no such adapter (any
-    longer) are removed if they hold an adapter_config.json. Everything else in `save_directory` is left alone.
+    longer) are removed if they hold a KronA adapter. Everything else in `save_directory` is left alone.
 
     Args:
         pipe: the pipeline. save_directory: created if missing. adapter_name: which adapter.
@@ -280,12 +281,21 @@ def _remove_others(root: Path, saved: Collection[str], components: Collection[st
         folder
         for folder in (file.parent for file in sorted(root.glob(f"*/{CONFIG_NAME}")))
         if folder.name not in saved
-        and (folder.name in components or folder.name in DENOISERS or folder.name.startswith("text_encoder"))
+        and (folder.name in components or folder.name in DENOISERS or re.fullmatch(r"text_encoder(_\d+)?", folder.name))
+        and _is_krona(folder / CONFIG_NAME)
     ]
     if others:
         with tempfile.TemporaryDirectory(dir=root, prefix=".replaced-") as scratch:
             for folder in others:  # renamed first: no folder is ever half removed
                 os.replace(folder, Path(scratch, folder.name))
+
+
+def _is_krona(config: Path) -> bool:
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:  # broken, so nobody's adapter that could be loaded
+        return False
+    return isinstance(found, dict) and found.get("peft_type") == "KRONA"
 
 
 def _save_component(model: nn.Module, config: KronAConfig, adapter_name: str, folder: Path) -> Path:

@@ -65,6 +65,8 @@ def kron_conv(
 
 
 def _channels_last(x: torch.Tensor) -> bool:
+    if torch._C._are_functorch_transforms_active():  # vmap does not know memory formats
+        return False
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return not x.is_contiguous() and x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
 

@@ -530,10 +530,10 @@ def _chunk(T: int, programs: int, most: int, BT: int, overhead: float) -> int:
     """Tokens a program, a power of two.
 
     overhead: bytes that every program moves besides its tokens (the factors, its part of their gradients) over the
-        bytes of a token. A program gets tokens enough that they are the greater share.
+        bytes of a token. A program gets tokens enough that they are the greater share, within `most`.
     """
-    wanted = triton.next_power_of_2(triton.cdiv(max(T, 1), programs))
-    return max(BT, triton.next_power_of_2(math.ceil(overhead)), min(most, wanted))
+    wanted = max(triton.next_power_of_2(triton.cdiv(max(T, 1), programs)), triton.next_power_of_2(math.ceil(overhead)))
+    return max(BT, min(wanted, most, triton.next_power_of_2(max(T, 1))))
 
 
 def _device_of(x: torch.Tensor) -> AbstractContextManager:
