@@ -240,48 +240,34 @@ def _mix_back(
     """
     BP: tl.constexpr = z.BP
     BQ: tl.constexpr = z.BQ
+    ONE: tl.constexpr = z.P <= BP and z.Q <= BQ  # mA is one tile: a pass over the tokens gives both
     dtype: tl.constexpr = dout.dtype.element_ty
-    if z.P <= BP and z.Q <= BQ:  # one tile: dout is read once for both
-        p, q = tl.arange(0, BP), tl.arange(0, BQ)
-        if NEED_SRC:
-            a = _mA(A, scale, p[None, :], q[:, None], dtype, z)
-        acc = tl.zeros((BP, BQ), tl.float32)
-        for t0 in range(0, chunk, z.BT):
-            t = start + t0 + tl.arange(0, z.BT)
-            for w0 in range(0, z.W, z.BW):
-                w = w0 + tl.arange(0, z.BW)
-                g = _fold(_load(dout, t, p, w, T, g_t, G_P, G_W, z.P, z.W))
-                if NEED_SRC:
-                    if base is not None:
-                        old = _load(base, t, q, w, T, d_t, z.W, 1, z.Q, z.W)
-                    out = _unfold(tl.dot(a, g, input_precision=z.precision), z.BT)
-                    if base is not None:
-                        out += old.to(tl.float32)
-                    _store(dsrc, out, t, q, w, T, d_t, z.W, 1, z.Q, z.W)
-                if NEED_A:
-                    tile = _fold(_load(src, t, q, w, T, s_t, z.W, 1, z.Q, z.W))
-                    acc = tl.dot(g, tl.trans(tile), acc, input_precision=z.precision)
-        if NEED_A:
-            inside = (p < z.P)[:, None] & (q < z.Q)[None, :]
-            tl.store(dA + _in_A(p[:, None], q[None, :], z), acc, inside)
-    else:
-        if NEED_SRC:
-            _mix(dout, A, scale, dsrc, base, start, chunk, T, g_t, d_t, d_t, G_P, G_W, z.W, 1, True, z)
-        if NEED_A:
-            for p0 in range(0, z.P, BP):
-                p = p0 + tl.arange(0, BP)
-                for q0 in range(0, z.Q, BQ):
-                    q = q0 + tl.arange(0, BQ)
-                    acc = tl.zeros((BP, BQ), tl.float32)
-                    for t0 in range(0, chunk, z.BT):
-                        t = start + t0 + tl.arange(0, z.BT)
-                        for w0 in range(0, z.W, z.BW):
-                            w = w0 + tl.arange(0, z.BW)
-                            g = _fold(_load(dout, t, p, w, T, g_t, G_P, G_W, z.P, z.W))
-                            tile = _fold(_load(src, t, q, w, T, s_t, z.W, 1, z.Q, z.W))
-                            acc = tl.dot(g, tl.trans(tile), acc, input_precision=z.precision)
-                    inside = (p < z.P)[:, None] & (q < z.Q)[None, :]
-                    tl.store(dA + _in_A(p[:, None], q[None, :], z), acc, inside)
+    if NEED_SRC and not (ONE and NEED_A):
+        _mix(dout, A, scale, dsrc, base, start, chunk, T, g_t, d_t, d_t, G_P, G_W, z.W, 1, True, z)
+    if NEED_A:
+        for p0 in range(0, z.P, BP):
+            p = p0 + tl.arange(0, BP)
+            for q0 in range(0, z.Q, BQ):
+                q = q0 + tl.arange(0, BQ)
+                if NEED_SRC and ONE:
+                    a = _mA(A, scale, p[None, :], q[:, None], dtype, z)
+                acc = tl.zeros((BP, BQ), tl.float32)
+                for t0 in range(0, chunk, z.BT):
+                    t = start + t0 + tl.arange(0, z.BT)
+                    for w0 in range(0, z.W, z.BW):
+                        w = w0 + tl.arange(0, z.BW)
+                        g = _fold(_load(dout, t, p, w, T, g_t, G_P, G_W, z.P, z.W))
+                        if NEED_SRC and ONE:
+                            if base is not None:
+                                old = _load(base, t, q, w, T, d_t, z.W, 1, z.Q, z.W)
+                            out = _unfold(tl.dot(a, g, input_precision=z.precision), z.BT)
+                            if base is not None:
+                                out += old.to(tl.float32)
+                            _store(dsrc, out, t, q, w, T, d_t, z.W, 1, z.Q, z.W)
+                        tile = _fold(_load(src, t, q, w, T, s_t, z.W, 1, z.Q, z.W))
+                        acc = tl.dot(g, tl.trans(tile), acc, input_precision=z.precision)
+                inside = (p < z.P)[:, None] & (q < z.Q)[None, :]
+                tl.store(dA + _in_A(p[:, None], q[None, :], z), acc, inside)
 
 
 @triton.jit
