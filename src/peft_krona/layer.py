@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
+from ._compat import any_global_hook, has_hooks, is_offloaded, offloading_hooks
 from .config import KronAConfig, scaling_factor
 from .errors import MergeError
 from .factors import choose_factors
@@ -288,8 +289,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         names = [] if self.merged else [name for name in self.active_adapters if name in self.scaling]
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        state = self._modules["krona_A"].__dict__
-        if "_hf_hook" in state or "_diffusers_hook" in state:
+        if is_offloaded(self._modules["krona_A"]):
             with self._onloaded():
                 return self._adapted(x, names, *args, **kwargs)
         return self._adapted(x, names, *args, **kwargs)
@@ -300,7 +300,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
         Their hooks bring a module's tensors when the module is called, which the factors' dicts never are.
         """
-        hooks = [(hook, factors) for factors in (self.krona_A, self.krona_B) for hook in _offloading_hooks(factors)]
+        hooks = [(hook, factors) for factors in (self.krona_A, self.krona_B) for hook in offloading_hooks(factors)]
         for hook, factors in hooks:
             hook.pre_forward(factors)
         try:
@@ -362,13 +362,6 @@ def _tensors_as(base: nn.Module) -> Iterator[None]:
         yield
 
 
-def _offloading_hooks(module: nn.Module) -> list[Any]:
-    """accelerate's hook and diffusers' hooks of a module."""
-    state = module.__dict__
-    hooks = [state["_hf_hook"]] if "_hf_hook" in state else []
-    return hooks + (list(state["_diffusers_hook"].hooks.values()) if "_diffusers_hook" in state else [])
-
-
 class Linear(KronALayer):
     """An adapted dense layer: nn.Linear and its quantized relatives, and transformers' Conv1D."""
 
@@ -420,12 +413,8 @@ class Linear(KronALayer):
         state = base.__dict__
         if (
             type(base).forward is not nn.Linear.forward
-            or "forward" in state
-            or state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-            or nn.modules.module._has_any_global_hook()
+            or has_hooks(base)
+            or any_global_hook()
             or self.quantization_backend is not None
             or (self.training and type(self._modules["krona_dropout"]._modules[name]) is not nn.Identity)
         ):

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ._compat import ADAPTERS_LOADED
+
 
 @contextmanager
 def undone_on_error(*models: nn.Module) -> Iterator[None]:
@@ -36,7 +38,7 @@ class _ModelState:
         self.requires_grad = [(p, p.requires_grad) for p in model.parameters()]
         self.peft_config = getattr(model, "peft_config", None)
         self.configs = dict(self.peft_config or {})
-        self.loaded = getattr(model, "_hf_peft_config_loaded", None)
+        self.loaded = getattr(model, ADAPTERS_LOADED, None)
 
     def restore(self) -> None:
         for layer, names, active in self.layers:
@@ -55,6 +57,6 @@ class _ModelState:
             self.peft_config.update(self.configs)
             self.model.peft_config = self.peft_config
         if self.loaded is not None:
-            self.model._hf_peft_config_loaded = self.loaded
+            setattr(self.model, ADAPTERS_LOADED, self.loaded)
         for parameter, flag in self.requires_grad:
             parameter.requires_grad_(flag)

@@ -10,8 +10,8 @@ import os
 from importlib import metadata
 
 import torch
-from torch.autograd import forward_ad
 
+from .._compat import sees_single_ops
 from ..errors import BackendError
 
 BACKENDS = ("torch", "triton", "auto")
@@ -68,14 +68,9 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the tensors are on {device.type!r} and the kernels need a CUDA device"
     if device.type == "cuda" and (reason := _why_not_gpu(device)) is not None:
         return reason
-    if not torch.compiler.is_compiling() and differentiates_or_traces_ops():
+    if not torch.compiler.is_compiling() and sees_single_ops():
         return "torch.func transforms, forward-mode differentiation and torch.jit.trace cannot look into the kernels"
     return None
-
-
-def differentiates_or_traces_ops() -> bool:
-    """Whether a transform of torch.func, forward-mode differentiation or torch.jit.trace must see every torch op."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 @torch.compiler.assume_constant_result  # torch.compile takes what this returns and does not look into it

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .._compat import functorch_active
 from ..factors import cheaper_order
 from .linear import compute_dtype
 
@@ -65,7 +66,7 @@ def kron_conv(
 
 
 def _channels_last(x: torch.Tensor) -> bool:
-    if torch._C._are_functorch_transforms_active():  # vmap does not know memory formats
+    if functorch_active():  # vmap does not know memory formats
         return False
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return not x.is_contiguous() and x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .._compat import dispatch_modes
 from .torch_impl import Plan, frozen_linear, no_autocast, scaled, scaled_by_number
 
 
@@ -28,7 +28,7 @@ def fused_add(
 
     x (..., in) and base (..., out) of any strides; weight and bias frozen; A and B of any dtype, the rest of x's.
     """
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:  # the latter: tracing, fake tensors
+    if torch.compiler.is_compiling() or dispatch_modes() > 0:  # the latter: tracing, fake tensors
         # s as an argument of the op would be a constant of the graph, and every change of it a new graph.
         return fused(x, scaled(A, scale, x.dtype), B, base, weight, bias, plan.layout, plan.order)[0]
     A, scale = scaled_by_number(A, scale)

@@ -8,8 +8,9 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from .._compat import dispatch_modes, sees_single_ops
 from ..errors import BackendError, ShapeError
-from .backend import choose_backend, differentiates_or_traces_ops
+from .backend import choose_backend
 from .library import fused_add
 from .mix import MANY
 from .torch_impl import KronAdd, Plan, accumulated, autocasts, factored, no_autocast, prepared, scaled_by_number
@@ -171,7 +172,7 @@ def _needs_plain_ops() -> bool:
     A dispatch mode is one of them: selective activation checkpointing keeps the results of chosen ops, which must then
     not be added to in place.
     """
-    return torch.compiler.is_compiling() or differentiates_or_traces_ops() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or sees_single_ops() or dispatch_modes() > 0
 
 
 def _apply(

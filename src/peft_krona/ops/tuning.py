@@ -25,9 +25,9 @@ from importlib import metadata
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .backend import differentiates_or_traces_ops, why_not_triton
+from .._compat import dispatch_modes, sees_single_ops
+from .backend import why_not_triton
 from .mix import FORMS, can_pair
 from .torch_impl import Plan, no_autocast
 
@@ -87,9 +87,9 @@ def _may_measure(x: torch.Tensor) -> bool:
     """Not in CI, and only where tensors are real and a few more runs of the op go unnoticed."""
     return not (
         torch.compiler.is_compiling()
-        or differentiates_or_traces_ops()
+        or sees_single_ops()
         or type(x) not in (torch.Tensor, torch.nn.Parameter)
-        or _get_current_dispatch_mode() is not None
+        or dispatch_modes() > 0
         or x.device.type not in ("cpu", "cuda")
         or (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         or os.environ.get("CI")

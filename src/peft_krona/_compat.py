@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every look into what torch, accelerate and diffusers keep private, in one place.
+
+None of these names is promised. `tests/test_compat.py` has a test for each, which fails where a new version has moved
+or renamed the thing: a wrong answer here would not raise, but take a wrong path through the ops. Those that a step
+asks in every layer are torch's own functions under a public name, without a frame of ours around them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+# -- torch: who looks at single ops ------------------------------------------------------------------------------------
+
+# () -> bool: whether a transform of torch.func (grad, vmap, jvp, ...) is active.
+functorch_active = torch._C._are_functorch_transforms_active
+# () -> int: how many dispatch modes (fake tensors, tracing, selective activation checkpointing, ...) are active.
+dispatch_modes = torch._C._len_torch_dispatch_stack
+# () -> bool: whether any hook is registered for all modules.
+any_global_hook = nn.modules.module._has_any_global_hook
+
+
+def forward_mode_active() -> bool:
+    """Whether a level of forward-mode differentiation is open."""
+    return forward_ad._current_level >= 0
+
+
+def sees_single_ops() -> bool:
+    """Whether a transform of torch.func, forward-mode differentiation or torch.jit.trace must see every torch op."""
+    return functorch_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+
+
+# -- torch: what hangs on a module -------------------------------------------------------------------------------------
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs anything besides its class's `forward`, hooks for all modules aside."""
+    state = module.__dict__
+    return bool(
+        "forward" in state
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )
+
+
+# -- accelerate and diffusers ------------------------------------------------------------------------------------------
+
+# The attribute by which diffusers and transformers remember that a model has adapters.
+ADAPTERS_LOADED = "_hf_peft_config_loaded"
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate or diffusers has put a hook on the module that brings its tensors when it is called."""
+    state = module.__dict__
+    return "_hf_hook" in state or "_diffusers_hook" in state
+
+
+def offloading_hooks(module: nn.Module) -> list[Any]:
+    """accelerate's hook and diffusers' hooks of a module, each with `pre_forward(module)` and `post_forward(...)`."""
+    state = module.__dict__
+    hooks = [state["_hf_hook"]] if "_hf_hook" in state else []
+    return hooks + (list(state["_diffusers_hook"].hooks.values()) if "_diffusers_hook" in state else [])
