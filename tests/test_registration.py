@@ -82,7 +82,7 @@ assert mixed.COMPATIBLE_TUNER_TYPES.count(member) == 1 and mixed.PREFIXES.count(
 config = dict(target_modules=["0"], a_out=2, a_in=2)
 for mixed_model in (False, True):
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), fresh.KronAConfig(**config), mixed=mixed_model)
-    assert type(model.base_model.model[0]) is sys.modules["peft_krona.layer"].Linear
+    assert type(model.base_model.model[0]) is sys.modules["peft_krona.layers"].Linear
 model.add_adapter("lora", LoraConfig(target_modules=["0"]))
 print("fine")
 """)

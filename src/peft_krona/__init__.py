@@ -14,7 +14,7 @@ from . import _register
 _register.add_enum_member()
 
 from .config import KronAConfig  # noqa: E402  (needs PeftType.KRONA)
-from .layer import KronALayer  # noqa: E402
+from .layers import KronALayer  # noqa: E402
 from .merge import merged  # noqa: E402
 from .model import KronAModel  # noqa: E402
 from .ops import kron_linear  # noqa: E402

@@ -27,6 +27,7 @@ from .convert import (
 from .convert.files import read_weights
 from .convert.merging import merge_pipeline
 from .errors import FormatError, KronAError
+from .factors import LAYOUTS
 from .inspection import check_picture_name, inspect_adapter, plot, table
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("--a-out", type=int, default=64)
     extract.add_argument("--a-in", type=int, default=4)
     extract.add_argument("--r", type=int, default=1, help="Kronecker terms")
-    extract.add_argument("--layout", choices=("kron", "diffusekrona"), default="kron")
+    extract.add_argument("--layout", choices=LAYOUTS, default="kron")
     extract.add_argument("--component", default="unet", help="the part of the pipeline that the weights are of")
     extract.set_defaults(run=_extract)
     return parser

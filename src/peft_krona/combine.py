@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from .errors import ConfigError, FactorError
-from .layer import KronALayer
+from .layers import KronALayer
 
 
 def combine_adapters(

@@ -6,20 +6,25 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
 
 from .errors import ConfigError
+from .factors import LAYOUTS, Layout
 
-SCALINGS = ("alpha", "rank", "rslora", "cdka")
-LAYOUTS = ("kron", "diffusekrona")
-INITS = (True, False, "diffusekrona", "kaiming", "cdka")
-BIASES = ("none", "all", "krona_only")
+PEFT_PREFIX = "base_model.model."  # what PEFT puts before module names in its files
+Scaling = Literal["alpha", "rank", "rslora", "cdka"]
+Init = Literal[True, False, "diffusekrona", "kaiming", "cdka"]
+Bias = Literal["none", "all", "krona_only"]
+SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
+INITS: tuple[Init, ...] = get_args(Init)
+BIASES: tuple[Bias, ...] = get_args(Bias)
 
 
-def scaling_factor(scaling: str, alpha: float, r: int, a_in: int) -> float:
+def scaling_factor(scaling: Scaling, alpha: float, r: int, a_in: int) -> float:
     """s for one layer: "alpha": alpha (KronA, DiffuseKronA). "rank": alpha / r. "rslora": alpha / sqrt(r).
     "cdka": alpha / sqrt(r * a_in) (CDKA, Theorem 3.4).
 
@@ -32,6 +37,14 @@ def scaling_factor(scaling: str, alpha: float, r: int, a_in: int) -> float:
         "rslora": alpha / math.sqrt(r),
         "cdka": alpha / math.sqrt(r * a_in),
     }[scaling]
+
+
+class LayerSettings(NamedTuple):
+    """What may differ between layers: the number of terms, alpha, and the requested (a_out, a_in)."""
+
+    r: int
+    alpha: float
+    factors: tuple[int, int]
 
 
 @dataclass
@@ -80,13 +93,13 @@ class KronAConfig(PeftConfig):
     a_in: int = field(default=4, metadata={"help": "Columns of the left factor A."})
     r: int = field(default=1, metadata={"help": "Number of Kronecker terms."})
     alpha: float = field(default=1.0, metadata={"help": "Scale; see `scaling`."})
-    scaling: str = field(default="alpha", metadata={"help": f"One of {SCALINGS}."})
-    layout: str = field(default="kron", metadata={"help": f"One of {LAYOUTS}."})
-    init_weights: bool | str = field(default=True, metadata={"help": f"One of {INITS}."})
+    scaling: Scaling = field(default="alpha", metadata={"help": f"One of {SCALINGS}."})
+    layout: Layout = field(default="kron", metadata={"help": f"One of {LAYOUTS}."})
+    init_weights: Init = field(default=True, metadata={"help": f"One of {INITS}."})
     krona_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     module_dropout: float = field(default=0.0, metadata={"help": "Probability of skipping a layer's adapter."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "The target stores its weight as (in, out)."})
-    bias: str = field(default="none", metadata={"help": f"One of {BIASES}."})
+    bias: Bias = field(default="none", metadata={"help": f"One of {BIASES}."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the module list."})
@@ -117,6 +130,22 @@ class KronAConfig(PeftConfig):
             self._check(name, getattr(self, name), lambda v: isinstance(v, bool), "True or False")
         self._check_patterns()
         self._check_layers()
+
+    def for_layer(self, name: str) -> LayerSettings:
+        """The settings of the layer called `name`, patterns applied as PEFT applies its own.
+
+        >>> KronAConfig(factor_pattern={"to_k": (64, 8)}).for_layer("mid_block.attn1.to_k")
+        LayerSettings(r=1, alpha=1.0, factors=(64, 8))
+        """
+
+        def of(pattern: dict[str, Any], default: Any) -> Any:
+            return pattern.get(get_pattern_key(pattern.keys(), name), default)
+
+        return LayerSettings(
+            r=of(self.rank_pattern, self.r),
+            alpha=of(self.alpha_pattern, self.alpha),
+            factors=tuple(of(self.factor_pattern, (self.a_out, self.a_in))),
+        )
 
     def _check_patterns(self) -> None:
         for name, ok, allowed in (

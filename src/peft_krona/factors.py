@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Divisors, the choice of factor sizes, parameter counts and the cost of the two contraction orders. Needs no torch."""
+"""The layouts, divisors, the choice of factor sizes, parameter counts, the cost of the two orders. Needs no torch."""
 
 from __future__ import annotations
 
 from functools import cache
 from math import isqrt, prod
+from typing import Literal, get_args
 
 from .errors import FactorError
+
+Layout = Literal["kron", "diffusekrona"]  # where A_i (x) B_i puts its entries: docs/math.md
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 @cache

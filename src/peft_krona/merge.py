@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
 from .errors import MergeError
-from .layer import KronALayer
+from .layers import KronALayer
 
 
 @contextmanager

@@ -13,23 +13,20 @@ from typing import Any, ClassVar
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .combine import combine_adapters
 from .config import KronAConfig
-from .conv import Conv1d, Conv2d, Conv3d
-from .embedding import Embedding
 from .errors import FormatError, UnsupportedLayerError
-from .layer import KronALayer, Linear
-from .undo import undone_on_error
+from .layers import Conv1d, Conv2d, Conv3d, Embedding, KronALayer, Linear
+from .rollback import undone_on_error
+from .targets import CLIP_TARGET_MODULES, DIFFUSERS_TARGET_MODULES
 
 logger = logging.getLogger(__name__)
 
-DIFFUSERS_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
-CLIP_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
 _MAMBA_MODELS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _MAMBA_UNTARGETABLE = {"out_proj", "conv1d"}
 
@@ -86,24 +83,24 @@ class KronAModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        kwargs = layer_settings(config, current_key)
         if isinstance(target, KronALayer):
-            target.update_layer(adapter_name, config=config, **kwargs)
+            target.update_layer(adapter_name, config, name=current_key)
             layer = target
         else:
-            kwargs["quantization_kwargs"] = get_quantization_kwargs(self.model)
-            layer = new_layer(target, parent, adapter_name, config, **kwargs)
+            quantization_kwargs = get_quantization_kwargs(self.model)
+            layer = new_layer(target, parent, adapter_name, config, current_key, quantization_kwargs)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
-        if layer.factors(adapter_name) != kwargs["factors"]:
+        wanted, taken = config.for_layer(current_key).factors, layer.factors(adapter_name)
+        if taken != wanted:
             logger.info(
                 "%s (out=%d, in=%d): factors (a_out, a_in) = %s do not divide it, took %s.",
                 current_key,
                 layer.out_features,
                 layer.in_features,
-                kwargs["factors"],
-                layer.factors(adapter_name),
+                wanted,
+                taken,
             )
 
     @classmethod
@@ -214,21 +211,15 @@ def _inject_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-def layer_settings(config: KronAConfig, key: str) -> dict[str, Any]:
-    """r, alpha and (a_out, a_in) of the layer called `key`, patterns applied."""
-    patterns = (config.rank_pattern, config.alpha_pattern, config.factor_pattern)
-    defaults = (config.r, config.alpha, (config.a_out, config.a_in))
-    r, alpha, factors = (
-        pattern.get(get_pattern_key(pattern.keys(), key), default)
-        for pattern, default in zip(patterns, defaults, strict=True)
-    )
-    return {"r": r, "alpha": alpha, "factors": tuple(factors), "name": key}
-
-
 def new_layer(
-    target: nn.Module, parent: nn.Module, adapter_name: str, config: KronAConfig, **kwargs: Any
+    target: nn.Module,
+    parent: nn.Module,
+    adapter_name: str,
+    config: KronAConfig,
+    name: str,
+    quantization_kwargs: dict[str, Any],
 ) -> KronALayer:
-    """The adapted layer for a target module (which may already be another tuner's layer).
+    """The adapted layer for the target module called `name` (which may already be another tuner's layer).
 
     Raises:
         UnsupportedLayerError: (a TypeError) names the module, its type and what is supported.
@@ -236,19 +227,20 @@ def new_layer(
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(parent, nn.MultiheadAttention):
         raise UnsupportedLayerError(
-            f"Cannot adapt '{kwargs['name']}' ({type(base).__name__}): nn.MultiheadAttention reads the weight of its "
+            f"Cannot adapt '{name}' ({type(base).__name__}): nn.MultiheadAttention reads the weight of its "
             "out_proj without calling it, so an adapter would silently have no effect. Remove it from `target_modules`."
         )
     layer_cls = next((layer for cls, layer in KronAModel.layers_mapping.items() if isinstance(base, cls)), None)
     if layer_cls is None:
-        backend = resolve_quantization_backend(base, **kwargs.get("quantization_kwargs", {}))
+        backend = resolve_quantization_backend(base, **quantization_kwargs)
         if backend is None or backend.layer_type != "linear":
             supported = ", ".join(cls.__name__ for cls in KronAModel.layers_mapping)
             raise UnsupportedLayerError(
-                f"Cannot adapt '{kwargs['name']}' of type {type(base).__name__}: KronA supports {supported} and "
+                f"Cannot adapt '{name}' of type {type(base).__name__}: KronA supports {supported} and "
                 "quantized linear layers. Choose other `target_modules`, or leave it out with `exclude_modules`."
             )
         layer_cls = Linear
+    kwargs: dict[str, Any] = {"name": name, "quantization_kwargs": quantization_kwargs}
     if layer_cls is Linear:
         kwargs["fan_in_fan_out"] = isinstance(base, Conv1D) or config.fan_in_fan_out
         if config.fan_in_fan_out and isinstance(base, nn.Linear):

@@ -26,16 +26,15 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors.torch import save_file
 from torch import nn
 
-from .config import KronAConfig
+from .config import PEFT_PREFIX, KronAConfig
 from .convert.files import read_safetensors
 from .convert.names import guess_component
 from .convert.reading import read_adapter
 from .errors import ConfigError, FormatError
-from .layer import KronALayer
-from .undo import undone_on_error
+from .layers import KronALayer
+from .rollback import undone_on_error
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
-_PEFT_PREFIX = "base_model.model."
 
 
 def add_krona(
@@ -179,7 +178,7 @@ def _read_own_folder(path: Path, models: Mapping[str, nn.Module]) -> dict[str, t
         if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise FormatError(f"{folder} has an {CONFIG_NAME} but no {SAFETENSORS_WEIGHTS_NAME}.")
         state_dict, _ = read_safetensors(folder / SAFETENSORS_WEIGHTS_NAME)
-        state_dict = {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
+        state_dict = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
         name = folder.name if folder != path else guess_component(state_dict)
         if folder == path and name not in models:  # guess_component knows the usual module names only
             name = next((denoiser for denoiser in DENOISERS if denoiser in models), name)
@@ -200,7 +199,7 @@ def _load_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, wher
     Raises:
         FormatError: names the keys that are missing, left over or of the wrong shape.
     """
-    state_dict = {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
+    state_dict = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
     expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     if not expected.keys() & state_dict.keys():
         # transformers 5 dropped "text_model." from CLIPTextModel's module names, and files are from before and after
@@ -300,7 +299,7 @@ def _is_krona(config: Path) -> bool:
 
 def _save_component(model: nn.Module, config: KronAConfig, adapter_name: str, folder: Path) -> Path:
     state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    state_dict = {f"{_PEFT_PREFIX}{key}": tensor.contiguous().cpu() for key, tensor in state_dict.items()}
+    state_dict = {f"{PEFT_PREFIX}{key}": tensor.contiguous().cpu() for key, tensor in state_dict.items()}
     config = copy.deepcopy(config)
     config.inference_mode = True
     config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import KronAConfig
+from ..config import PEFT_PREFIX, KronAConfig
 from ..errors import FormatError, ShapeError
-from ..ops import LAYOUTS, kron_delta_weight
+from ..factors import LAYOUTS
+from ..ops import kron_delta_weight
 from .names import to_file_name, to_module_name
 
 # A real layer is far below this (a 256k x 8k embedding has 2e9 entries); a small hostile file can declare far more.
@@ -55,7 +56,7 @@ class KronaLayer:
                 f"dimension, got A {A} and B {B}."
             )
         if self.layout not in LAYOUTS:
-            raise ShapeError(f"{self.name}: layout={self.layout!r} is unknown; expected one of {tuple(LAYOUTS)}.")
+            raise ShapeError(f"{self.name}: layout={self.layout!r} is unknown; expected one of {LAYOUTS}.")
         if not isfinite(self.scale):
             raise ShapeError(f"{self.name}: scale={self.scale} is not a finite number.")
         if prod(self.shape) > MAX_LAYER_ELEMENTS:
@@ -250,8 +251,8 @@ def _peft_component(layers: list[KronaLayer], known: set[str] | None) -> tuple[K
     )
     state_dict = {}
     for name, layer in zip(names, layers, strict=True):
-        state_dict[f"base_model.model.{name}.krona_A"] = layer.A
-        state_dict[f"base_model.model.{name}.krona_B"] = layer.B
+        state_dict[f"{PEFT_PREFIX}{name}.krona_A"] = layer.A
+        state_dict[f"{PEFT_PREFIX}{name}.krona_B"] = layer.B
     return config, state_dict
 
 

@@ -15,17 +15,15 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key
 
-from ..config import KronAConfig, scaling_factor
+from ..config import PEFT_PREFIX, KronAConfig, scaling_factor
 from ..errors import ConfigError, FormatError
 from ..factors import choose_factors
-from ..model import layer_settings
 from .adapter import Adapter, KronaLayer
 from .lokr import as_krona_factors
 from .lora import as_krona_terms
 from .names import guess_component, kernel_of, to_file_name
 from .pairs import group_by_layer
 
-PEFT_PREFIX = "base_model.model."
 _LOKR_ENDINGS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 _FACTOR = re.compile(r"\.(krona|lokr|lora)_")
 _LOKR_SETTINGS = (("alpha", "alpha_pattern"), ("r", "rank_pattern"))
@@ -75,15 +73,15 @@ def _krona_layers(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
     layers = []
     for module, parts in group_by_layer(tensors, ("krona_A", "krona_B")).items():
         A, B = parts["krona_A"], parts["krona_B"]
-        own = layer_settings(settings, module)
+        own = settings.for_layer(module)
         layer = KronaLayer(component, to_file_name(component, module), A, B, 1.0, settings.layout)
-        wanted = (own["r"], *choose_factors(*layer.shape[:2], *own["factors"]))
+        wanted = (own.r, *choose_factors(*layer.shape[:2], *own.factors))
         if tuple(A.shape) != wanted:
             raise FormatError(
                 f"{layer.name}: krona_A has shape {tuple(A.shape)}, but the config gives this layer (r, a_out, a_in) = "
                 f"{wanted}. Config and weights are not of the same adapter."
             )
-        scale = scaling_factor(settings.scaling, own["alpha"], own["r"], A.shape[2])
+        scale = scaling_factor(settings.scaling, own.alpha, own.r, A.shape[2])
         layers.append(KronaLayer(component, layer.module, A, B, scale, settings.layout))
     return layers
 

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 
 from .._compat import dispatch_modes, sees_single_ops
 from ..errors import BackendError, ShapeError
+from ..factors import LAYOUTS
 from .backend import choose_backend
 from .library import fused_add
 from .mix import MANY
 from .torch_impl import KronAdd, Plan, accumulated, autocasts, factored, no_autocast, prepared, scaled_by_number
 from .tuning import choose
-
-LAYOUTS = ("kron", "diffusekrona")
 
 
 def kron_linear(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`KronALayer`: the state of an adapted layer, and merging. `Linear` is the adapted dense layer."""
+"""`KronALayer`: the state of an adapted layer, merging, and the way its forward takes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
-from ._compat import any_global_hook, has_hooks, is_offloaded, offloading_hooks
-from .config import KronAConfig, scaling_factor
-from .errors import MergeError
-from .factors import choose_factors
-from .ops import kron_delta_weight, kron_linear, linear_kron_linear
-from .snapshot import BaseWeightSnapshot, dequantized, subtract_with_warning
+from .._compat import is_offloaded
+from ..config import Init, KronAConfig, scaling_factor
+from ..errors import MergeError
+from ..factors import Layout, choose_factors
+from ..ops import kron_delta_weight
+from .base_weight import BaseWeightSnapshot, dequantized, subtract_with_warning
+from .offload import onloaded
 
 
 class FactorDict(nn.ParameterDict):
@@ -53,7 +54,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
     )
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: KronAConfig, **kwargs: Any) -> None:
-        """`kwargs`: what `update_layer` takes, plus PEFT's quantization arguments."""
+        """`kwargs`: `name` as `update_layer` takes it, and PEFT's quantization arguments."""
         super().__init__()
         self.base_layer = base_layer
         self.krona_A = FactorDict({})
@@ -63,7 +64,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.base_scaling: dict[str, float] = {}
-        self.layout: dict[str, str] = {}
+        self.layout: dict[str, Layout] = {}
         self.module_dropout: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -76,7 +77,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         for module in (self, self.krona_A, self.krona_B, self.krona_dropout):
             module.training = base.training  # no dropout in a model that is in eval mode
-        self.update_layer(adapter_name, config=config, **kwargs)
+        self.update_layer(adapter_name, config, **kwargs)
 
     # -- what the layer types define ----------------------------------------------------------------------------
 
@@ -97,23 +98,14 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     # -- adapters -----------------------------------------------------------------------------------------------
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        *,
-        config: KronAConfig,
-        r: int,
-        alpha: float,
-        factors: tuple[int, int],
-        name: str = "layer",
-        **kwargs: Any,
-    ) -> None:
-        """Add an adapter with r terms whose left factors have (at most) the sizes `factors` = (a_out, a_in).
+    def update_layer(self, adapter_name: str, config: KronAConfig, name: str = "layer") -> None:
+        """Add an adapter with the settings that `config` has for the layer called `name`.
 
         Raises:
             FactorError: with config.strict_factors, if a factor does not divide this layer's size.
         """
         n_out, n_in = self.out_features, self.in_features
+        r, alpha, factors = config.for_layer(name)
         a_out, a_in = choose_factors(n_out, n_in, *factors, strict=config.strict_factors, layer=name)
         self.r[adapter_name] = r
         self.alpha[adapter_name] = alpha
@@ -135,7 +127,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         return a_out, a_in
 
     @torch.no_grad()
-    def reset_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
+    def reset_parameters(self, adapter_name: str, init_weights: Init) -> None:
         """Initialise A and B (see `KronAConfig.init_weights`); all but False leave dW = 0 exactly."""
         A, B = self.krona_A[adapter_name], self.krona_B[adapter_name]
         if init_weights is True or init_weights == "diffusekrona":
@@ -284,30 +276,15 @@ class KronALayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
-            with self._onloaded():
+            with onloaded(self.krona_A, self.krona_B):
                 return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         names = [] if self.merged else [name for name in self.active_adapters if name in self.scaling]
         if not names:
             return self.base_layer(x, *args, **kwargs)
         if is_offloaded(self._modules["krona_A"]):
-            with self._onloaded():
+            with onloaded(self.krona_A, self.krona_B):
                 return self._adapted(x, names, *args, **kwargs)
         return self._adapted(x, names, *args, **kwargs)
-
-    @contextmanager
-    def _onloaded(self) -> Iterator[None]:
-        """The factors where they are computed with, where accelerate or diffusers has offloaded them.
-
-        Their hooks bring a module's tensors when the module is called, which the factors' dicts never are.
-        """
-        hooks = [(hook, factors) for factors in (self.krona_A, self.krona_B) for hook in offloading_hooks(factors)]
-        for hook, factors in hooks:
-            hook.pre_forward(factors)
-        try:
-            yield
-        finally:
-            for hook, factors in hooks:
-                hook.post_forward(factors, None)
 
     def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -360,71 +337,3 @@ def _tensors_as(base: nn.Module) -> Iterator[None]:
     weight = getattr(base, "weight", None)
     with torch.inference_mode(isinstance(weight, torch.Tensor) and weight.is_inference()), torch.no_grad():
         yield
-
-
-class Linear(KronALayer):
-    """An adapted dense layer: nn.Linear and its quantized relatives, and transformers' Conv1D."""
-
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: KronAConfig, fan_in_fan_out: bool = False, **kwargs: Any
-    ) -> None:
-        self._transposed = fan_in_fan_out
-        super().__init__(base_layer, adapter_name, config, **kwargs)
-        self.fan_in_fan_out = fan_in_fan_out
-
-    def _delta_weight(self, adapter_name: str) -> torch.Tensor:
-        delta = super()._delta_weight(adapter_name)
-        return delta.T.contiguous() if self.fan_in_fan_out else delta
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
-
-    def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        first = names[0]
-        frozen = None if args or kwargs else self._plain_frozen_base(first)
-        if frozen is None:
-            result = self._add_delta(self._base_forward(x, *args, **kwargs), x, first)
-        else:
-            modules = self._modules  # not by attribute: see _plain_frozen_base
-            A, B = modules["krona_A"][first], modules["krona_B"][first]
-            result = linear_kron_linear(x, *frozen, A, B, scale=self._scale(first), layout=self.layout[first])
-        for name in names[1:]:
-            result = self._add_delta(result, x, name)
-        return result
-
-    def _base_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        return (
-            result if self.quantization_backend is None else self.quantization_backend.maybe_clone_base_result(result)
-        )
-
-    def _add_delta(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
-        x = self.krona_dropout[name](x)
-        A, B = self.krona_A[name], self.krona_B[name]
-        return kron_linear(x, A, B, scale=self._scale(name), base=result, layout=self.layout[name])
-
-    def _plain_frozen_base(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """(weight, bias) where base and adapter can be one autograd node, else None.
-
-        They can for a plain frozen nn.Linear that nothing hooks into. Asked in every forward, so it reads the modules'
-        dicts: a parameter or module through nn.Module.__getattr__ takes several times as long.
-        """
-        base = self._modules["base_layer"]
-        state = base.__dict__
-        if (
-            type(base).forward is not nn.Linear.forward
-            or has_hooks(base)
-            or any_global_hook()
-            or self.quantization_backend is not None
-            or (self.training and type(self._modules["krona_dropout"]._modules[name]) is not nn.Identity)
-        ):
-            return None
-        parameters = state["_parameters"]
-        try:  # a plain tensor may stand for either of them; one that is found nowhere is parametrized
-            weight = parameters["weight"] if "weight" in parameters else state["weight"]
-            bias = parameters["bias"] if "bias" in parameters else state["bias"]
-        except KeyError:
-            return None
-        if type(weight) not in (nn.Parameter, torch.Tensor) or weight.requires_grad or not weight.is_floating_point():
-            return None
-        return None if bias is not None and bias.requires_grad else (weight, bias)

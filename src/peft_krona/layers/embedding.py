@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from .layer import KronALayer
-from .ops import kron_embedding
+from ..ops import kron_embedding
+from .base import KronALayer
 
 
 class Embedding(KronALayer):

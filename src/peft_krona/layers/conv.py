@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layer import KronALayer
-from .ops import kron_conv
+from ..ops import kron_conv
+from .base import KronALayer
 
 
 class _ConvNd(KronALayer):

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapted dense layers: one autograd node over a plain frozen nn.Linear, two steps over everything else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._compat import any_global_hook, has_hooks
+from ..config import KronAConfig
+from ..ops import kron_linear, linear_kron_linear
+from .base import KronALayer
+
+
+class Linear(KronALayer):
+    """An adapted dense layer: nn.Linear and its quantized relatives, and transformers' Conv1D."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: KronAConfig, fan_in_fan_out: bool = False, **kwargs: Any
+    ) -> None:
+        self._transposed = fan_in_fan_out
+        super().__init__(base_layer, adapter_name, config, **kwargs)
+        self.fan_in_fan_out = fan_in_fan_out
+
+    def _delta_weight(self, adapter_name: str) -> torch.Tensor:
+        delta = super()._delta_weight(adapter_name)
+        return delta.T.contiguous() if self.fan_in_fan_out else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        first = names[0]
+        frozen = None if args or kwargs else self._plain_frozen_base(first)
+        if frozen is None:
+            result = self._add_delta(self._base_forward(x, *args, **kwargs), x, first)
+        else:
+            modules = self._modules  # not by attribute: see _plain_frozen_base
+            A, B = modules["krona_A"][first], modules["krona_B"][first]
+            result = linear_kron_linear(x, *frozen, A, B, scale=self._scale(first), layout=self.layout[first])
+        for name in names[1:]:
+            result = self._add_delta(result, x, name)
+        return result
+
+    def _base_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        return (
+            result if self.quantization_backend is None else self.quantization_backend.maybe_clone_base_result(result)
+        )
+
+    def _add_delta(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
+        x = self.krona_dropout[name](x)
+        A, B = self.krona_A[name], self.krona_B[name]
+        return kron_linear(x, A, B, scale=self._scale(name), base=result, layout=self.layout[name])
+
+    def _plain_frozen_base(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """(weight, bias) where base and adapter can be one autograd node, else None.
+
+        They can for a plain frozen nn.Linear that nothing hooks into. Asked in every forward, so it reads the modules'
+        dicts: a parameter or module through nn.Module.__getattr__ takes several times as long.
+        """
+        base = self._modules["base_layer"]
+        state = base.__dict__
+        if (
+            type(base).forward is not nn.Linear.forward
+            or has_hooks(base)
+            or any_global_hook()
+            or self.quantization_backend is not None
+            or (self.training and type(self._modules["krona_dropout"]._modules[name]) is not nn.Identity)
+        ):
+            return None
+        parameters = state["_parameters"]
+        try:  # a plain tensor may stand for either of them; one that is found nowhere is parametrized
+            weight = parameters["weight"] if "weight" in parameters else state["weight"]
+            bias = parameters["bias"] if "bias" in parameters else state["bias"]
+        except KeyError:
+            return None
+        if type(weight) not in (nn.Parameter, torch.Tensor) or weight.requires_grad or not weight.is_floating_point():
+            return None
+        return None if bias is not None and bias.requires_grad else (weight, bias)
