@@ -13,6 +13,7 @@ top to bottom: models, data, adapter, optimizer, loop, results. The helpers lie 
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import math
 import os
@@ -46,7 +47,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from examples.dreambooth import TrainingError, adapters, card, data, demo, evaluate, objective, optim
-from examples.dreambooth.arguments import parse_args, public_settings, settings
+from examples.dreambooth.arguments import adapter_config, parse_args, public_settings, settings
 from examples.dreambooth.checkpoint import TEMPORARY, Checkpoints, clean, is_write_error, remove, replace_folder
 from examples.dreambooth.class_images import make_class_images
 from examples.dreambooth.exports import export_for_other_tools, remove_exports
@@ -75,10 +76,11 @@ def main(args: Any) -> dict[str, Any]:
     """Train as `args` say; returns the closing summary."""
     started = time.time()
     output = Path(args.output_dir)
+    name = args.hub_model_id or output.resolve().name
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
-        log_with=trackers(args),
+        log_with=tracker(args.report_to),
         project_config=ProjectConfiguration(project_dir=output, logging_dir=output / args.logging_dir),
         kwargs_handlers=[
             # SDXL's first text encoder ends before its last layer, and skipped layers have no gradient
@@ -94,37 +96,48 @@ def main(args: Any) -> dict[str, Any]:
     if accelerator.is_main_process:
         make_output(output)
         clean(output)
-    checkpoints = Checkpoints(accelerator, output, args)
+    checkpoints = Checkpoints(accelerator, output, vars(args), args.checkpoints_total_limit, args.overwrite_output_dir)
     checkpoints.find(args.resume_from_checkpoint)  # before the slow parts, so that a mistake shows at once
-    repo = card.create(output, args) if args.push_to_hub and accelerator.is_main_process else None
+    repo = card.create(name, args.hub_token) if args.push_to_hub and accelerator.is_main_process else None
 
     # -- models --------------------------------------------------------------------------------------------------------
     weight_dtype = adapters.dtype_of(accelerator.mixed_precision)
     if accelerator.distributed_type == DistributedType.FSDP:
         weight_dtype = torch.float32  # FSDP keeps one dtype a module and casts by itself
-    pipe = evaluate.base_pipeline(args)
+    load_base = functools.partial(
+        evaluate.base_pipeline, args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path,
+        revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
+    )  # fmt: skip
+    pipe = load_base()
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     encoders = text_encoders(pipe)
-    trained = {"unet": pipe.unet} | (encoders if args.train_text_encoder else {})
     vae_scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    if args.resolution is None:
-        sample_size = pipe.unet.config.sample_size
-        args.resolution = (sample_size if isinstance(sample_size, int) else sample_size[0]) * vae_scale
+    sample_size = pipe.unet.config.sample_size
+    resolution = args.resolution or (sample_size if isinstance(sample_size, int) else sample_size[0]) * vae_scale
     multiple = vae_scale * 2 ** (len(pipe.unet.config.down_block_types) - 1)
-    buckets = data.choose_buckets(args.aspect_ratio_buckets, args.resolution, multiple)
+    buckets = data.choose_buckets(args.aspect_ratio_buckets, resolution, multiple)
 
     # -- data ----------------------------------------------------------------------------------------------------------
     if args.dataset_name:
-        pictures = data.read_dataset(args)
+        pictures = data.read_dataset(
+            args.dataset_name, config=args.dataset_config_name, split=args.dataset_split, cache_dir=args.cache_dir,
+            image_column=args.image_column, caption_column=args.caption_column, default_caption=args.instance_prompt,
+        )  # fmt: skip
     else:
         pictures = data.read_folder(args.instance_data_dir, args.instance_prompt, args.caption_column)
     class_pictures = []
     if args.with_prior_preservation:
-        make_class_images(pipe, args, accelerator)
+        make_class_images(
+            pipe, Path(args.class_data_dir), args.class_prompt, args.num_class_images, (resolution, resolution),
+            accelerator, seed=args.seed, batch=args.sample_batch_size, precision=args.prior_generation_precision,
+        )  # fmt: skip
         class_pictures = data.read_folder(args.class_data_dir, args.class_prompt)[: args.num_class_images]
         for picture in class_pictures:
             picture.caption = args.class_prompt
-    dataset = data.DreamBoothDataset(pictures, buckets, args, class_pictures)
+    dataset = data.DreamBoothDataset(
+        pictures, buckets, class_pictures, seed=args.seed, center_crop=args.center_crop, random_flip=args.random_flip,
+        caption_dropout=args.caption_dropout, interpolation=args.image_interpolation_mode,
+    )  # fmt: skip
     batches = data.Batches(
         dataset, args.train_batch_size, accelerator.process_index, accelerator.num_processes, args.repeats, args.seed
     )
@@ -152,9 +165,9 @@ def main(args: Any) -> dict[str, Any]:
 
     # -- adapter -------------------------------------------------------------------------------------------------------
     set_seed(args.seed)  # the same start, whether or not class images were made just now
-    for name, model in trained.items():
-        adapters.add_adapter(model, adapters.adapter_config(args, name), name)
-        cast_training_params(model, dtype=torch.float32)
+    text_config = adapter_config(args, "text_encoder") if args.train_text_encoder else None
+    trained = adapters.add(pipe, adapter_config(args, "unet"), text_config)
+    cast_training_params(list(trained.values()), dtype=torch.float32)
     if args.enable_xformers_memory_efficient_attention:
         if not is_xformers_available():
             raise TrainingError("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
@@ -168,17 +181,27 @@ def main(args: Any) -> dict[str, Any]:
         pipe.unet.compile_repeated_blocks()  # the transformer blocks: most of the work, a fraction of the compile time
 
     # -- optimizer -----------------------------------------------------------------------------------------------------
-    if args.scale_lr:
-        factor = args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
-        for name in ("learning_rate", "learning_rate_a", "learning_rate_b", "text_encoder_lr"):
-            if getattr(args, name) is not None:
-                setattr(args, name, getattr(args, name) * factor)
-    optimizer = optim.build_optimizer(optim.parameter_groups(trained, args), args)
+    scale = batches.global_batch * args.gradient_accumulation_steps if args.scale_lr else 1
+    lr, text_lr = args.learning_rate * scale, args.text_encoder_lr * scale
+    groups = optim.parameter_groups(
+        trained,
+        {part: lr if part == "unet" else text_lr for part in trained},
+        {part: args.adam_weight_decay if part == "unet" else args.adam_weight_decay_text_encoder for part in trained},
+        *(1.0 if own is None else own / args.learning_rate for own in (args.learning_rate_a, args.learning_rate_b)),
+    )
+    optimizer = optim.build_optimizer(
+        groups, args.optimizer, lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
+        eight_bit=args.use_8bit_adam, warmup_steps=args.lr_warmup_steps, more=args.optimizer_args,
+        prodigy={k: getattr(args, f"prodigy_{k}") for k in optim.PRODIGY},
+    )  # fmt: skip
     # as in diffusers, an epoch shows each instance image and as many class images as there are
     epoch = max(batches.per_epoch, math.ceil(len(class_pictures) / batches.global_batch))
     steps_per_epoch = math.ceil(epoch / args.gradient_accumulation_steps)
     total = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    lr_scheduler = optim.build_schedule(optimizer, args, total)
+    lr_scheduler = optim.build_schedule(
+        optimizer, args.lr_scheduler, total, warmup_steps=args.lr_warmup_steps, cycles=args.lr_num_cycles,
+        power=args.lr_power, step_rules=args.lr_step_rules,
+    )  # fmt: skip
 
     # -- accelerate ----------------------------------------------------------------------------------------------------
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it asks the data loader otherwise
@@ -186,15 +209,16 @@ def main(args: Any) -> dict[str, Any]:
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    base_model = card.base_model_name(args.pretrained_model_name_or_path, output)
     metadata = {k: str(v) for k, v in public_settings(args).items()}
     if args.instance_prompt:
         metadata["trigger_words"] = args.instance_prompt  # the key that the exports and `convert` know
 
     def save_adapters(folder: Path) -> None:
         """Called by every process; the main one writes."""
-        gathered = accelerator.get_state_dict(model) if sharded else None
+        whole = denoiser.by_component(accelerator.get_state_dict(model)) if sharded else None
         if accelerator.is_main_process:
-            adapters.save_adapters(trained, folder, metadata, args.pretrained_model_name_or_path, gathered)
+            adapters.save(pipe, trained, folder, base_model, metadata, whole)
 
     def on_save(models: list, weights: list, folder: str) -> None:
         weights.clear()  # not the frozen base model, only the adapters
@@ -228,12 +252,16 @@ def main(args: Any) -> dict[str, Any]:
 
     def validate(phase: str, pipeline: Any, at: int) -> list:
         """Fixed-seed images to trackers and disk (main process)."""
-        images = evaluate.validation(pipeline, args, buckets[0], accelerator.autocast())
-        evaluate.track(accelerator, phase, images, repeat(args.validation_prompt, args.num_validation_images), at)
+        images = evaluate.validation(
+            pipeline, args.validation_prompt, args.num_validation_images, args.seed, buckets[0], accelerator.autocast(),
+            num_inference_steps=args.validation_inference_steps, guidance_scale=args.validation_guidance_scale,
+        )  # fmt: skip
+        evaluate.track(accelerator, phase, images, shown_prompts, at)
         evaluate.save_images(images, output / "validation" / f"{phase}-{at}", args.num_validation_images)
         return images
 
-    validating = bool(args.validation_prompt and args.num_validation_images)
+    shown_prompts = evaluate.repeat(args.validation_prompt or [], args.num_validation_images)
+    validating = bool(shown_prompts)
     every = args.validation_steps or args.validation_epochs * steps_per_epoch
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -325,8 +353,8 @@ def main(args: Any) -> dict[str, Any]:
             checkpoints.set_aside()
             for old in remove_exports(output):
                 say(f"Removed {old}: it was made of earlier weights.")
-            for name in trained:
-                replace_folder(final / name, output / name)
+            for part in trained:
+                replace_folder(final / part, output / part)
             final.rmdir()
             remove_untrained(output, trained, say)
     except Exception as error:
@@ -345,18 +373,22 @@ def main(args: Any) -> dict[str, Any]:
         "peak memory, MiB": peak_memory(),
     }
     if accelerator.is_main_process:
-        say(f"Adapter saved in {', '.join(str(output / name) for name in trained)}")
-        files = [str(output / name) for name in trained]
-        files += export_for_other_tools(output, "none" if interrupted else args.export, args, say)
+        files = [str(output / part) for part in trained]
+        say(f"Adapter saved in {', '.join(files)}")
+        if args.export != "none" and not interrupted:
+            wanted = args.adapter_type if args.export == "auto" and args.adapter_type != "krona" else args.export
+            files += export_for_other_tools(output, wanted, args.pretrained_model_name_or_path, say)
         images = []
         if validating and not interrupted:  # from the saved file, in a pipeline that has seen no training
             del pipe, denoiser, model, optimizer, embed
             free_memory()
-            saved_pipe = evaluate.from_file(args, output, device, weight_dtype)
-            images = validate("final", saved_pipe, step)
-        prompts = repeat(args.validation_prompt or [], args.num_validation_images)
-        names = [Path(f).name for f in files]
-        card.write_card(output, args, images, prompts, public_settings(args), summary, names)
+            saved_pipe = load_base(dtype=weight_dtype)
+            adapters.load(saved_pipe, output)
+            images = validate("final", saved_pipe.to(device), step)
+        card.write_card(
+            output, name, args.adapter_type, base_model, args.instance_prompt, images, shown_prompts,
+            public_settings(args), summary, [Path(f).name for f in files], args.train_text_encoder,
+        )  # fmt: skip
         summary["total time, s"] = round(time.time() - started, 1)
         (output / "training_summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         width = max(map(len, summary))
@@ -366,29 +398,22 @@ def main(args: Any) -> dict[str, Any]:
             )
         )
         if args.push_to_hub and not interrupted:
-            say(f"Uploaded to {card.push(output, args, repo)}")
+            say(f"Uploaded to {card.push(output, repo, args.hub_token, args.logging_dir)}")
     accelerator.end_training()
     summary["interrupted"] = interrupted
     return summary
 
 
-def repeat(prompts: list[str], times: int) -> list[str]:
-    return [prompt for prompt in prompts for _ in range(times)]
-
-
-def trackers(args: Any) -> str | None:
-    if args.report_to == "none":
+def tracker(wanted: str) -> str | None:
+    if wanted == "none":
         return None
     known = [kind.value for kind in LoggerType]
-    if args.report_to not in known:
-        raise TrainingError(f"--report_to {args.report_to}: expected none or one of {', '.join(known)}.")
-    available = [kind.value for kind in get_available_trackers()]
-    if args.report_to not in ("all", *available):
-        print(
-            f"note: {args.report_to} is missing (pip install {args.report_to}): losses are not logged; see --report_to."
-        )
+    if wanted not in known:
+        raise TrainingError(f"--report_to {wanted}: expected none or one of {', '.join(known)}.")
+    if wanted not in ("all", *(kind.value for kind in get_available_trackers())):
+        print(f"note: {wanted} is missing (pip install {wanted}): losses are not logged; see --report_to.")
         return None
-    return args.report_to
+    return wanted
 
 
 def make_output(folder: Path) -> None:
@@ -438,7 +463,10 @@ def run(argv: list[str]) -> int:
         if summary["interrupted"]:
             return 130
         if args.demo and int(os.environ.get("RANK", 0)) == 0:
-            demo.judge_and_show(args)
+            demo.judge_and_show(
+                args.demo, args.pretrained_model_name_or_path, Path(args.instance_data_dir), args.instance_prompt,
+                Path(args.output_dir), args.resolution,
+            )  # fmt: skip
         return 0
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -28,8 +28,7 @@ from diffusers.utils import make_image_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from examples.dreambooth import TrainingError
-from examples.dreambooth.adapters import load_adapters
+from examples.dreambooth import TrainingError, adapters
 from examples.dreambooth.arguments import positive_int
 from examples.dreambooth.evaluate import for_sampling, load_pipeline
 from peft_krona import merged
@@ -105,7 +104,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     if args.compare or not args.adapter:
         rows.append(("base", draw(pipe, refiner, jobs, args)))
     if args.adapter:
-        components = load_adapters(pipe, args.adapter, weight=args.scale)
+        components = adapters.load(pipe, args.adapter, weight=args.scale)
         print(f"{args.adapter}: adapter on {', '.join(components)}, strength {args.scale:g}")
         with merged_models([getattr(pipe, name) for name in components] if args.merged else []):
             rows.append(("adapter", draw(pipe, refiner, jobs, args)))
@@ -176,13 +175,17 @@ def base_model(adapter: str | None, configs: dict[Path, dict[str, Any]]) -> str:
     """
     if adapter is None:
         raise TrainingError("No base model: give --pretrained_model_name_or_path, or --adapter with one that names it.")
-    names = [config.get("base_model_name_or_path") for config in configs.values()]
+    named = {file: config.get("base_model_name_or_path") for file, config in configs.items()}
     if not configs and Path(adapter).exists():
-        names = [read_adapter(adapter).metadata.get("base_model")]
-    name = next((name for name in names if isinstance(name, str) and name), None)
+        named = {Path(adapter): read_adapter(adapter).metadata.get("base_model")}
+    file, name = next(((f, n) for f, n in named.items() if isinstance(n, str) and n), (None, None))
     if name is None:
         where = "does not name the one it was trained on" if Path(adapter).exists() else "is not on this disk"
         raise TrainingError(f"No base model: --adapter {adapter} {where}; give --pretrained_model_name_or_path.")
+    # a folder is named from the adapter's own, which is the file's, or one or two above it (a component, a checkpoint)
+    for folder in file.resolve().parents[:3]:
+        if (folder / name / "model_index.json").is_file():
+            return str(folder / name)
     return name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,8 +25,8 @@ import dreambooth_pipelines as tiny
 from PIL import Image
 from safetensors.torch import save_file
 
-from examples.dreambooth import TrainingError, adapters, checkpoint, data, demo, exports, objective, optim
-from examples.dreambooth.arguments import build_parser, parse_args, public_settings
+from examples.dreambooth import TrainingError, adapters, card, checkpoint, data, demo, exports, objective, optim
+from examples.dreambooth.arguments import adapter_config, build_parser, parse_args, public_settings
 from examples.dreambooth.prompts import Denoiser, time_ids, tokenize
 
 EXAMPLES = Path(data.__file__).resolve().parents[1]
@@ -160,10 +161,10 @@ def test_settings_that_leave_the_machine_have_no_local_paths(tmp_path):
 
 def test_factors_per_projection():
     args = parse_args([*BASIC, "--krona_unet_q_a_out", "32", "--krona_unet_o_a_in", "8"])
-    config = adapters.adapter_config(args, "unet")
+    config = adapter_config(args, "unet")
     assert (config.a_out, config.a_in) == (64, 4)
     assert config.factor_pattern == {"to_q": (32, 4), r"to_out\.0": (64, 8)}
-    assert adapters.adapter_config(args, "text_encoder").factor_pattern == {}
+    assert adapter_config(args, "text_encoder").factor_pattern == {}
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(64, 64), layers_per_block=1, cross_attention_dim=64, attention_head_dim=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -179,7 +180,11 @@ def test_learning_rates_of_the_groups():
     args = parse_args([*BASIC, "--learning_rate", "1e-3", "--learning_rate_b", "4e-3", "--text_encoder_lr", "1e-4"])
     model = torch.nn.Module()
     model.krona_A, model.krona_B = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
-    groups = optim.parameter_groups({"unet": model, "text_encoder": model}, args)
+    rates = {"unet": args.learning_rate, "text_encoder": args.text_encoder_lr}
+    ratio_b = args.learning_rate_b / args.learning_rate
+    groups = optim.parameter_groups(
+        {"unet": model, "text_encoder": model}, rates, dict.fromkeys(rates, 0.0), 1, ratio_b
+    )
     assert {g["name"]: pytest.approx(g["lr"]) for g in groups} == {
         "unet.a": 1e-3, "unet.b": 4e-3, "text_encoder.a": 1e-4, "text_encoder.b": 4e-4,
     }  # fmt: skip
@@ -189,25 +194,25 @@ def test_learning_rates_of_the_groups():
     ("more", "given"),
     [
         ([], {}),  # its eps is a pair, it has no betas
-        (["--optimizer_args", "eps=(None,1e-2)"], {"eps": (None, 1e-2)}),
+        (["eps=(None,1e-2)"], {"eps": (None, 1e-2)}),
     ],
 )
 def test_adafactor_gets_what_it_takes(more, given):
-    args = parse_args([*BASIC, "--optimizer", "Adafactor", *more])
-    optimizer = optim.build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(2, 2))], "weight_decay": 0.0}], args)
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2, 2))], "weight_decay": 0.0}]
+    optimizer = optim.build_optimizer(groups, "Adafactor", 1e-3, more=more)
     assert optimizer.defaults["eps"] == given.get("eps", (None, 1e-3))
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--optimizer", "SparseAdam"], "SparseAdam is for sparse gradients, which adapters do not have"),
-        (["--optimizer", "Adafactor", "--adam_epsilon", "1e-6"], "Adafactor does not take {'eps': 1e-06}"),
+        ({"name": "SparseAdam"}, "SparseAdam is for sparse gradients, which adapters do not have"),
+        ({"name": "Adafactor", "eps": 1e-6}, "Adafactor does not take {'eps': 1e-06}"),
     ],
 )
 def test_optimizers_that_do_not_suit(more, message):
     with pytest.raises(TrainingError, match=message):
-        optim.build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}], parse_args([*BASIC, *more]))
+        optim.build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}], lr=1e-3, **more)
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -282,8 +287,8 @@ def test_grey_in_whole_numbers(values, expected):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dataset_name": "nobody/nothing"}, r"--dataset_name nobody/nothing \(split 'train'\) could not be loaded: "),
-        ({"dataset_split": "nope"}, r"\(split 'nope'\) could not be loaded: .*one of its splits in --dataset_split"),
+        ({"name": "nobody/nothing"}, r"--dataset_name nobody/nothing \(split 'train'\) could not be loaded: "),
+        ({"split": "nope"}, r"\(split 'nope'\) could not be loaded: .*one of its splits in --dataset_split"),
         ({}, r"d\[1\] cannot be read as an image .*remove it from the dataset"),
     ],
     ids=["missing", "split", "corrupt"],
@@ -292,12 +297,9 @@ def test_datasets_that_cannot_be_read(tmp_path, change, message):
     pytest.importorskip("datasets")
     tiny.images(tmp_path / "d" / "train", 2)
     (tmp_path / "d" / "train" / "1.png").write_bytes(b"no image")
-    arguments = {
-        "dataset_name": str(tmp_path / "d"), "dataset_config_name": None, "dataset_split": "train",
-        "cache_dir": str(tmp_path / "cache"), "image_column": "image", "caption_column": None, "instance_prompt": "x",
-    }  # fmt: skip
+    arguments = {"name": str(tmp_path / "d"), "cache_dir": str(tmp_path / "cache"), "default_caption": "x"}
     with pytest.raises(TrainingError, match=message) as raised:
-        data.read_dataset(SimpleNamespace(**arguments | change))
+        data.read_dataset(**arguments | change)
     assert "\n" not in str(raised.value)
 
 
@@ -307,15 +309,11 @@ def test_a_datasets_folder(tmp_path):
     (tmp_path / "d" / "train" / "metadata.jsonl").write_text(
         "\n".join(json.dumps({"file_name": f"{i}.png", "words": f"number {i}"}) for i in range(2))
     )
-    arguments = {
-        "dataset_name": str(tmp_path / "d"), "dataset_config_name": None, "dataset_split": "train",
-        "cache_dir": str(tmp_path / "cache"), "image_column": "image", "caption_column": "words",
-        "instance_prompt": None,
-    }  # fmt: skip
-    found = data.read_dataset(SimpleNamespace(**arguments))
+    arguments = {"name": str(tmp_path / "d"), "cache_dir": str(tmp_path / "cache"), "caption_column": "words"}
+    found = data.read_dataset(**arguments)
     assert [(p.caption, p.size, p.load().mode) for p in found] == [(f"number {i}", (40, 40), "RGB") for i in range(2)]
     with pytest.raises(TrainingError, match="--caption_column 'nope': the dataset's columns are image, words"):
-        data.read_dataset(SimpleNamespace(**arguments | {"caption_column": "nope"}))
+        data.read_dataset(**arguments | {"caption_column": "nope"})
 
 
 def test_transparent_becomes_white_and_exif_is_obeyed(tmp_path):
@@ -344,9 +342,9 @@ def make_dataset(tmp_path, **changes):
     tiny.images(tmp_path / "tall", 2, (32, 64))
     pictures = data.read_folder(tmp_path / "wide", "w") + data.read_folder(tmp_path / "tall", "t")
     settings = {"seed": 0, "center_crop": False, "random_flip": True, "caption_dropout": 0.0,
-                "image_interpolation_mode": "box"} | changes  # fmt: skip
+                "interpolation": "box"} | changes  # fmt: skip
     buckets = data.choose_buckets("32,64;64,32;32,32", 32, 8)
-    return data.DreamBoothDataset(pictures, buckets, SimpleNamespace(**settings))
+    return data.DreamBoothDataset(pictures, buckets, **settings)
 
 
 def test_batches_have_one_shape_and_cover_the_epoch(tmp_path):
@@ -540,8 +538,8 @@ def test_checkpoints_that_were_set_aside(tmp_path, capsys):
     accelerator = SimpleNamespace(
         is_main_process=True, num_processes=1, print=print, load_state=lambda path: None, wait_for_everyone=lambda: None
     )
-    args = SimpleNamespace(lr_scheduler="constant", optimizer="AdamW", overwrite_output_dir=True)
-    run = checkpoint.Checkpoints(accelerator, tmp_path, args)
+    settings = {"lr_scheduler": "constant", "optimizer": "AdamW"}
+    run = checkpoint.Checkpoints(accelerator, tmp_path, settings, overwrite=True)
     assert run.resume("abandoned-checkpoint-20") == 20 and run.saved_step is None
     assert "other settings" not in capsys.readouterr().out
     run.set_aside()
@@ -550,6 +548,32 @@ def test_checkpoints_that_were_set_aside(tmp_path, capsys):
 
     (tmp_path / "checkpoint-40").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / checkpoint.STATE).write_text("{}")
-    assert checkpoint.Checkpoints(accelerator, tmp_path, args).find(None) is None
+    assert checkpoint.Checkpoints(accelerator, tmp_path, settings, overwrite=True).find(None) is None
     assert not list(tmp_path.glob("*checkpoint-*")) and not list(tmp_path.glob(".tmp-*"))
     assert all((tmp_path / name).read_text() == "precious" for name in precious)
+
+
+def test_only_the_script_and_its_command_line_see_the_flags():
+    """Every other helper is given the values that it uses; nobody writes into the parsed flags but their parser."""
+    helpers = [p for p in (EXAMPLES / "dreambooth").rglob("*.py") if p.name != "arguments.py"]
+    assert [p.name for p in helpers if re.search(r"\bargs\.|\bargs:", p.read_text(encoding="utf-8"))] == []
+    script = (EXAMPLES / "dreambooth_kron.py").read_text(encoding="utf-8")
+    assert re.search(r"\bargs\.\w+ = |setattr\(args", script) is None
+    assert {"save_krona_weights", "load_krona_weights", "add_krona"} <= vars(adapters).keys()
+
+
+@pytest.mark.parametrize(
+    ("path", "output", "name"),
+    [
+        ("{tmp}/sd", "{tmp}/out", "../sd"),
+        ("{tmp}/sd/", "{tmp}/a/out", "../../sd"),
+        ("{tmp}/cache/models--me--sd/snapshots/0f", "{tmp}/out", "me/sd"),
+        ("{tmp}/sd", "/nowhere/else", "sd"),  # the way there would tell all that the absolute path tells
+        ("stabilityai/sdxl", "{tmp}/out", "stabilityai/sdxl"),
+    ],
+)
+def test_the_base_models_name_is_relative_or_an_id(tmp_path, path, output, name):
+    path, output = (text.format(tmp=tmp_path) for text in (path, output))
+    if path.startswith(str(tmp_path)):
+        Path(path).mkdir(parents=True)
+    assert card.base_model_name(path, Path(output)) == name

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import dreambooth_pipelines as tiny
 from accelerate.state import AcceleratorState, PartialState
 
-from examples import dreambooth_kron
+from examples import dreambooth_kron, generate
 from examples.dreambooth import TrainingError, card, checkpoint, demo, evaluate
 from examples.dreambooth.arguments import parse_args
 
@@ -88,7 +88,7 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch; torch.set_num_threads(1)
 from accelerate import Accelerator
-from examples import dreambooth_kron
+from examples import dreambooth_kron, generate
 calls = 0
 def kill_at(cls, name, at):
     original = getattr(cls, name)
@@ -294,12 +294,15 @@ def test_a_pipeline_is_not_overwritten(tiny_sd, pictures, tmp_path, file, found)
 
 
 def test_what_the_files_say(tiny_sd, pictures, tmp_path, monkeypatch):
-    """Trigger words, also in the export; no local paths; a base model that is found from anywhere."""
+    """Trigger words, also in the export; no local paths; a base model that is found from the adapter's folder."""
     monkeypatch.chdir(tiny_sd.parent)
     out = tmp_path / "dog"
     train(tiny_sd.name, pictures, out, "--export", "auto", "--max_train_steps", 1)
     config = json.loads((out / "unet" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tiny_sd.resolve())
+    assert config["base_model_name_or_path"] == os.path.relpath(tiny_sd, out)
+    for adapter in (out, out / "unet", out / "dog.safetensors"):
+        found = generate.base_model(str(adapter), generate.adapter_configs(str(adapter)))
+        assert Path(found).resolve() == tiny_sd.resolve()
     with safe_open(out / "unet" / "adapter_model.safetensors", "pt") as file:
         assert file.metadata()["trigger_words"] == "a sks dog"
         assert not any(str(folder) in value for folder in (out, pictures) for value in file.metadata().values())
@@ -311,14 +314,14 @@ def test_the_final_images_are_of_the_vae_that_was_asked_for(tiny_sd, pictures, t
     other = tiny.vae().to(torch.float32)
     other.save_pretrained(tmp_path / "vae")
     more = ["--pretrained_vae_model_name_or_path", tmp_path / "vae", "--cache_dir", tmp_path / "cache"]
-    train(tiny_sd, pictures, tmp_path / "out", "--max_train_steps", 1, *more)
     asked = []
     load = evaluate.load_pipeline
     monkeypatch.setattr(evaluate, "load_pipeline", lambda *a, **kw: asked.append(kw) or load(*a, **kw))
-    args = parse_args(arguments(tiny_sd, pictures, tmp_path / "out", *more))
-    pipe = evaluate.from_file(args, tmp_path / "out", torch.device("cpu"), torch.float32)
-    assert differences(pipe.vae.state_dict(), other.state_dict()) == []
-    assert [kw["cache_dir"] for kw in asked] == [str(tmp_path / "cache")]
+    seen = []
+    monkeypatch.setattr(evaluate, "validation", lambda pipe, *a, **kw: seen.append(pipe) or [Image.new("RGB", (8, 8))])
+    train(tiny_sd, pictures, tmp_path / "out", "--max_train_steps", 1, *more, *SHOW)
+    assert differences(seen[-1].vae.state_dict(), other.state_dict()) == []
+    assert [kw["cache_dir"] for kw in asked] == [str(tmp_path / "cache")] * 2
 
 
 def test_an_epoch_shows_all_class_images(tiny_sd, pictures, tmp_path):

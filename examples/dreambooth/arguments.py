@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line. Flags that diffusers' DreamBooth LoRA scripts have keep their names."""
+"""The command line and what follows from it. Flags that diffusers' DreamBooth LoRA scripts have keep their names.
+
+Only this file and the script itself see the parsed flags; every other helper is given the values that it uses.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,11 @@ import os
 import re
 from collections.abc import Sequence
 from typing import Any
+
+from peft import LoKrConfig, LoraConfig, PeftConfig
+
+from peft_krona import KronAConfig
+from peft_krona.errors import KronAError
 
 from . import TrainingError
 
@@ -39,6 +47,9 @@ AT_LEAST_0 = (
 )  # fmt: skip
 ABOVE_0 = ("snr_gamma", "alpha")
 KRONA_FLAGS = ("krona_a_out", "krona_a_in", "strict_factors", "scaling", "init_weights", "layout")
+UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": r"to_out\.0"}
 CLASS_FLAGS = ("class_data_dir", "class_prompt")
 TEXT_FLAGS = ("text_encoder_lr", "text_encoder_target_modules", "adam_weight_decay_text_encoder")
 
@@ -361,6 +372,55 @@ def complete(args: argparse.Namespace) -> None:
     args.target_modules = modules(args.target_modules)
     args.text_encoder_target_modules = modules(args.text_encoder_target_modules)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+
+
+def adapter_config(args: argparse.Namespace, part: str) -> PeftConfig:
+    """The adapter's settings for "unet" or a text encoder.
+
+    Raises:
+        TrainingError: if a value is not allowed.
+    """
+    if part == "unet":
+        flag, targets = "--target_modules", args.target_modules or UNET_TARGETS
+    else:
+        flag, targets = "--text_encoder_target_modules", args.text_encoder_target_modules or TEXT_TARGETS
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise TrainingError(
+                f"The target modules of the {part} are not a valid regular expression ({error}): correct {flag}, or "
+                "give names such as to_q to_k."
+            ) from error
+    try:
+        if args.adapter_type == "lora":
+            return LoraConfig(
+                r=args.rank, lora_alpha=args.alpha, target_modules=targets, lora_dropout=args.adapter_dropout,
+                init_lora_weights="gaussian", use_dora=args.use_dora,
+            )  # fmt: skip
+        if args.adapter_type == "lokr":
+            return LoKrConfig(
+                r=args.rank, alpha=args.alpha, target_modules=targets, rank_dropout=args.adapter_dropout,
+                module_dropout=args.module_dropout, decompose_factor=args.lokr_factor,
+            )  # fmt: skip
+        return KronAConfig(
+            target_modules=targets, a_out=args.krona_a_out, a_in=args.krona_a_in, r=args.rank, alpha=args.alpha,
+            scaling=args.scaling, layout=args.layout, init_weights=args.init_weights,
+            krona_dropout=args.adapter_dropout, module_dropout=args.module_dropout,
+            factor_pattern=factor_pattern(args) if part == "unet" else {}, strict_factors=args.strict_factors,
+        )  # fmt: skip
+    except KronAError as error:
+        raise TrainingError(str(error)) from error
+
+
+def factor_pattern(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
+    """Factors of q, k, v and o where they differ from the global ones."""
+    pattern = {}
+    for letter, module in PROJECTIONS.items():
+        own = getattr(args, f"krona_unet_{letter}_a_out"), getattr(args, f"krona_unet_{letter}_a_in")
+        if any(own):
+            pattern[module] = own[0] or args.krona_a_out, own[1] or args.krona_a_in
+    return pattern
 
 
 def modules(names: list[str] | None) -> list[str] | str | None:

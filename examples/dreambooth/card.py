@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
-from typing import Any
 
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
@@ -46,78 +47,101 @@ Use `{{ prompt }}` in the prompt.
 """
 
 
-def usage(args: Any) -> str:
+def base_model_name(path: str, output: Path) -> str:
+    """How the adapter's files name their base model: a Hub id as it is, a folder relative to the adapter's.
+
+    An absolute path would be of use to nobody else, and tell where this machine keeps its files. What has only the
+    root in common with `output` is named by its last part.
+    """
+    if not os.path.isdir(path):
+        return path
+    folder = Path(path).resolve()
+    snapshot = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", folder.as_posix() + "/")
+    if snapshot:  # the Hub's cache
+        return f"{snapshot[1]}/{snapshot[2]}"
+    try:
+        common = Path(os.path.commonpath([folder, output.resolve()]))
+    except ValueError:  # two drives
+        return folder.name
+    if common == Path(folder.anchor):
+        return folder.name
+    return Path(os.path.relpath(folder, output.resolve())).as_posix()
+
+
+def usage(kind: str, base_model: str, prompt: str) -> str:
     lines = [
         "from diffusers import DiffusionPipeline",
         "from peft_krona.pipelines import load_krona_weights",
         "",
-        f'pipe = DiffusionPipeline.from_pretrained("{args.pretrained_model_name_or_path}")',
+        f'pipe = DiffusionPipeline.from_pretrained("{base_model}")',
         'load_krona_weights(pipe, "path/or/id/of/this/model")',
-        f'image = pipe("{trigger(args)}").images[0]',
+        f'image = pipe("{prompt}").images[0]',
     ]
-    if args.adapter_type != "krona":
+    if kind != "krona":
         return "# python examples/generate.py --adapter THIS_FOLDER --prompt ...   (PEFT folders, one per component)"
     return "\n".join(lines)
 
 
-def trigger(args: Any) -> str:
-    return args.instance_prompt or "(see the captions of the training images)"
-
-
 def write_card(
     folder: Path,
-    args: Any,
+    name: str,
+    kind: str,
+    base_model: str,
+    trigger: str | None,
     images: list[Image.Image],
     prompts: list[str],
     settings: dict,
     summary: dict,
     files: list[str],
+    text_encoder: bool = False,
 ) -> Path:
-    """Write README.md with the gallery's images beside it."""
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    """Write README.md with the gallery's images beside it.
+
+    `kind`: a key of NAMES. `trigger`: the instance prompt. `text_encoder`: whether it was trained.
+    """
+    trigger = trigger or "(see the captions of the training images)"
     widget = []
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=False)):
         image.save(folder / f"image_{i}.png")
         widget.append({"text": prompt, "output": {"url": f"image_{i}.png"}})
     data = ModelCardData(
         library_name="diffusers",
-        base_model=args.pretrained_model_name_or_path,
-        instance_prompt=trigger(args),
+        base_model=base_model,
+        instance_prompt=trigger,
         widget=widget or None,
     )
     card = ModelCard.from_template(
         data,
         template_str="---\n{{ card_data }}\n---\n\n" + BODY,
         name=name,
-        kind=NAMES[args.adapter_type],
-        text_encoder=args.train_text_encoder,
-        prompt=trigger(args),
-        usage=usage(args),
+        kind=NAMES[kind],
+        text_encoder=text_encoder,
+        prompt=trigger,
+        usage=usage(kind, base_model, trigger),
         files="\n".join(f"- `{f}`" for f in files),
         settings=table(settings),
         summary=table(summary),
     )
     family = "stable-diffusion-xl" if summary["pipeline"].startswith("StableDiffusionXL") else "stable-diffusion"
-    tags = ["text-to-image", "diffusers", "diffusers-training", "dreambooth", args.adapter_type, family]
+    tags = ["text-to-image", "diffusers", "diffusers-training", "dreambooth", kind, family]
     populate_model_card(card, tags=[*tags, "template:sd-lora"])
     path = folder / "README.md"
     card.save(path)
     return path
 
 
-def table(values: dict[str, Any]) -> str:
+def table(values: dict[str, object]) -> str:
     return "\n".join(f"| {k} | {str(v).replace('|', chr(92) + '|')} |" for k, v in values.items())
 
 
-def create(folder: Path, args: Any) -> str:
-    """Make the repository before the training, so that a problem shows at once; returns its id.
+def create(name: str, token: str | None) -> str:
+    """Make the repository `name` before the training, so that a problem shows at once; returns its id.
 
     Raises:
         TrainingError: if the Hub refuses or cannot be reached.
     """
-    name = args.hub_model_id or folder.resolve().name
     try:
-        return create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+        return create_repo(name, exist_ok=True, token=token).repo_id
     except Exception as error:  # the Hub's client has many kinds of errors; all mean the same here
         raise TrainingError(
             f"--push_to_hub: the repository {name} could not be made ({one_line(error)}). Check `hf auth "
@@ -125,16 +149,16 @@ def create(folder: Path, args: Any) -> str:
         ) from error
 
 
-def push(folder: Path, args: Any, repo: str) -> str:
-    """Upload the folder without checkpoints and logs; returns the repository's id.
+def push(folder: Path, repo: str, token: str | None, logs: str) -> str:
+    """Upload the folder without checkpoints and logs (in `logs`, relative to it); returns the repository's id.
 
     Raises:
         TrainingError: if the Hub refuses or cannot be reached. What was trained is in `folder` all the same.
     """
     try:
         upload_folder(
-            repo_id=repo, folder_path=folder, commit_message="End of training", token=args.hub_token,
-            ignore_patterns=["checkpoint-*", "abandoned-*", ".tmp-*", f"{args.logging_dir}/*", "class_images/*"],
+            repo_id=repo, folder_path=folder, commit_message="End of training", token=token,
+            ignore_patterns=["checkpoint-*", "abandoned-*", ".tmp-*", f"{logs}/*", "class_images/*"],
         )  # fmt: skip
     except Exception as error:  # the Hub's client has many kinds of errors; all mean the same here
         raise TrainingError(f"The upload to the Hub failed ({error}). Everything is in {folder}.") from error

@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +101,27 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """Saves, rotates and restores the training state of an accelerator."""
+    """Saves, rotates and restores the training state of an accelerator.
 
-    def __init__(self, accelerator: Any, output: Path, args: Any):
-        self.accelerator, self.output, self.args = accelerator, output, args
+    `settings`: the run's flags, by which a resumed run is compared. `limit`: how many checkpoints are kept.
+    `overwrite`: a new run deletes those of another.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        output: Path,
+        settings: Mapping[str, Any],
+        limit: int | None = None,
+        overwrite: bool = False,
+    ):
+        self.accelerator, self.output, self.settings = accelerator, output, settings
+        self.limit, self.overwrite = limit, overwrite
         self.saved_step: int | None = None
         self.abandoned: list[Path] = []
 
     def fingerprint(self) -> dict[str, Any]:
-        found = {name: value for name, value in vars(self.args).items() if name not in FREE}
+        found = {name: value for name, value in self.settings.items() if name not in FREE}
         return found | {"processes": self.accelerator.num_processes}
 
     def save(self, step: int, also: Callable[[Path], None] | None = None) -> Path | None:
@@ -160,9 +172,8 @@ class Checkpoints:
         return f"{path} could not be written ({error}): free some disk space. Nothing half written was left. {where}"
 
     def rotate(self, just_saved: Path) -> None:
-        limit = self.args.checkpoints_total_limit
-        if limit is not None:
-            for old in checkpoints(self.output)[:-limit]:
+        if self.limit is not None:
+            for old in checkpoints(self.output)[: -self.limit]:
                 if old != just_saved:
                     remove(old)
 
@@ -202,7 +213,7 @@ class Checkpoints:
 
     def start_anew(self, here: list[Path]) -> None:
         """Without the checkpoints of another run, which --overwrite_output_dir removes."""
-        if here and not self.args.overwrite_output_dir:
+        if here and not self.overwrite:
             raise TrainingError(
                 f"{self.output} has checkpoints of another run (newest: {here[-1].name}). Go on with it by "
                 "--resume_from_checkpoint latest, choose another --output_dir, or delete them by "
@@ -210,7 +221,7 @@ class Checkpoints:
             )
         self.accelerator.wait_for_everyone()  # every process has looked
         if self.accelerator.is_main_process:
-            for old in (*here, *(self.set_aside_before() if self.args.overwrite_output_dir else ())):
+            for old in (*here, *(self.set_aside_before() if self.overwrite else ())):
                 remove(old)
 
     def set_aside_before(self) -> list[Path]:
@@ -267,7 +278,7 @@ class Checkpoints:
             TrainingError: if one of them makes another thing of the saved weights or of the optimizer's state.
         """
         now = self.fingerprint()
-        free = FREE | (set(LENGTH) if self.args.lr_scheduler in ENDLESS else set())
+        free = FREE | (set(LENGTH) if self.settings["lr_scheduler"] in ENDLESS else set())
         # names of optimizers may be in any case
         changed = {k: v for k, v in before.items() if k not in free and str(now.get(k)).lower() != str(v).lower()}
         fixed = [k for k in FIXED if k in changed]

@@ -18,12 +18,23 @@ from .evaluate import for_sampling, sample
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def make_class_images(pipe: Any, args: Any, accelerator: Accelerator) -> None:
-    """Fill --class_data_dir up to --num_class_images, split over the processes.
+def make_class_images(
+    pipe: Any,
+    folder: Path,
+    prompt: str,
+    count: int,
+    size: tuple[int, int],
+    accelerator: Accelerator,
+    *,
+    seed: int = 0,
+    batch: int = 4,
+    precision: str | None = None,
+) -> None:
+    """Fill `folder` up to `count` images of `size` (height, width), split over the processes.
 
-    Image number i has seed i, whichever process makes it, so a stopped run goes on where it was.
+    Image number i has seed `seed` + i, whichever process makes it, so a stopped run goes on where it was.
+    `precision`: of the models, a key of PRECISIONS; None: fp16 on a GPU, else fp32.
     """
-    folder = Path(args.class_data_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -33,23 +44,22 @@ def make_class_images(pipe: Any, args: Any, accelerator: Accelerator) -> None:
     have = image_files(folder)
     accelerator.wait_for_everyone()  # all have counted before anyone adds
     taken = {p.name for p in have}
-    todo = [i for i in range(args.num_class_images) if f"class-{i:05d}.png" not in taken]
-    todo = todo[: max(0, args.num_class_images - len(have))]
+    todo = [i for i in range(count) if f"class-{i:05d}.png" not in taken]
+    todo = todo[: max(0, count - len(have))]
     if not todo:
         return
-    accelerator.print(f"Generating {len(todo)} class images in {folder}: {args.class_prompt}")
+    accelerator.print(f"Generating {len(todo)} class images in {folder}: {prompt}")
     default = torch.float16 if accelerator.device.type == "cuda" else torch.float32
-    dtype = PRECISIONS.get(args.prior_generation_precision, default)
+    dtype = PRECISIONS.get(precision, default)
     before = pipe.dtype
     pipe.to(accelerator.device, dtype)
-    size = (args.resolution, args.resolution)
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     with for_sampling(pipe):
         bar = tqdm(total=len(mine), desc="Class images", disable=not accelerator.is_local_main_process)
-        for start in range(0, len(mine), args.sample_batch_size):
-            numbers = mine[start : start + args.sample_batch_size]
-            seeds = [args.seed + number for number in numbers]
-            images = sample(pipe, [args.class_prompt] * len(numbers), seeds, size, num_inference_steps=50)
+        for start in range(0, len(mine), batch):
+            numbers = mine[start : start + batch]
+            seeds = [seed + number for number in numbers]
+            images = sample(pipe, [prompt] * len(numbers), seeds, size, num_inference_steps=50)
             for number, image in zip(numbers, images, strict=True):
                 path = folder / f"class-{number:05d}.png"
                 image.save(folder / f".{path.name}", format="PNG")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,16 @@ def read_metadata(path: Path, column: str) -> dict[str, str]:
     return captions
 
 
-def read_dataset(args: Any) -> list[Picture]:
+def read_dataset(
+    name: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    cache_dir: str | None = None,
+    image_column: str = "image",
+    caption_column: str | None = None,
+    default_caption: str | None = None,
+) -> list[Picture]:
     """Images and captions of a dataset on the Hub or on disk."""
     try:
         from datasets import load_dataset
@@ -157,24 +166,23 @@ def read_dataset(args: Any) -> list[Picture]:
             f"--dataset_name needs a package that is missing ({error}): pip install datasets"
         ) from error
 
-    name, split = args.dataset_name, args.dataset_split
     try:
-        data = load_dataset(name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
+        data = load_dataset(name, config, split=split, cache_dir=cache_dir)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise TrainingError(
             f"--dataset_name {name} (split {split!r}) could not be loaded: {one_line(error)}. Expected an id on the "
             "Hub or a folder, and one of its splits in --dataset_split."
         ) from error
-    for flag, column in (("image_column", args.image_column), ("caption_column", args.caption_column)):
+    for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column is not None and column not in data.column_names:
             raise TrainingError(f"--{flag} {column!r}: the dataset's columns are {', '.join(data.column_names)}.")
     pictures = []
-    captions = data[args.caption_column] if args.caption_column else [None] * len(data)
+    captions = data[caption_column] if caption_column else [None] * len(data)
     for i, caption in enumerate(captions):
 
         def load(i: int = i) -> Image.Image:
             try:
-                image = data[i][args.image_column]
+                image = data[i][image_column]
                 if isinstance(image, Image.Image):
                     return as_rgb(image)
             except UNREADABLE as error:
@@ -182,12 +190,12 @@ def read_dataset(args: Any) -> list[Picture]:
                     f"{name}[{i}] cannot be read as an image ({error}). Replace it, or remove it from the dataset."
                 ) from error
             raise TrainingError(
-                f"Column {args.image_column!r} holds {type(image).__name__}, not images; set --image_column."
+                f"Column {image_column!r} holds {type(image).__name__}, not images; set --image_column."
             )
 
         if not isinstance(caption, str | None):
-            raise TrainingError(f"{name}[{i}]: --caption_column {args.caption_column!r} is {caption!r}, not a text.")
-        pictures.append(Picture(load, f"{name}[{i}]", caption or args.instance_prompt, size_of(load())))
+            raise TrainingError(f"{name}[{i}]: --caption_column {caption_column!r} is {caption!r}, not a text.")
+        pictures.append(Picture(load, f"{name}[{i}]", caption or default_caption, size_of(load())))
     if not pictures:
         raise TrainingError(f"--dataset_name {name}: split {split!r} is empty.")
     return check_captions(pictures)
@@ -277,10 +285,23 @@ AUGMENT, NOISE, CLASS_AUGMENT, CLASS_NOISE, DROPOUT, ORDER, CACHE = range(7)
 
 
 class DreamBoothDataset(Dataset):
-    """Samples by (index of the picture, number of the sample)."""
+    """Samples by (index of the picture, number of the sample). `interpolation`: for resizing, a name of PIL's."""
 
-    def __init__(self, pictures: list[Picture], buckets: list[Size], args: Any, class_pictures: list[Picture] = ()):
-        self.pictures, self.class_pictures, self.buckets, self.args = pictures, list(class_pictures), buckets, args
+    def __init__(
+        self,
+        pictures: list[Picture],
+        buckets: list[Size],
+        class_pictures: Sequence[Picture] = (),
+        *,
+        seed: int = 0,
+        center_crop: bool = False,
+        random_flip: bool = False,
+        caption_dropout: float = 0.0,
+        interpolation: str = "lanczos",
+    ):
+        self.pictures, self.class_pictures, self.buckets = pictures, list(class_pictures), buckets
+        self.seed, self.center_crop, self.random_flip = seed, center_crop, random_flip
+        self.caption_dropout, self.interpolation = caption_dropout, interpolation
         shapes = list(buckets)
         for picture in pictures:
             picture.bucket = find_nearest_bucket(*picture.size, shapes)
@@ -291,26 +312,26 @@ class DreamBoothDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, number = key
         picture = self.pictures[index]
-        rng = sample_rng(self.args.seed, number, AUGMENT)
+        rng = sample_rng(self.seed, number, AUGMENT)
         sample = {"instance": self.view(picture, self.buckets[picture.bucket], rng)}
         sample["instance"]["noise_key"] = (number, NOISE)
-        if rng.random() < self.args.caption_dropout:
+        if rng.random() < self.caption_dropout:
             sample["instance"]["caption"] = ""
         if self.class_pictures:
-            rng = sample_rng(self.args.seed, number, CLASS_AUGMENT)
+            rng = sample_rng(self.seed, number, CLASS_AUGMENT)
             chosen = self.class_pictures[rng.integers(len(self.class_pictures))]
             sample["class"] = self.view(chosen, self.buckets[picture.bucket], rng)
             sample["class"]["noise_key"] = (number, CLASS_NOISE)
         return sample
 
     def view(self, picture: Picture, size: Size, rng: np.random.Generator) -> dict[str, Any]:
-        corner = None if self.args.center_crop else tuple(rng.random(2))
-        flip = bool(self.args.random_flip and rng.random() < 0.5)
+        corner = None if self.center_crop else tuple(rng.random(2))
+        flip = bool(self.random_flip and rng.random() < 0.5)
         view = {"caption": picture.caption, "original_size": picture.size, "target_size": size}
         if picture.latents:
             view["mean"], view["std"], view["crop"] = picture.latents[size, flip]
         else:
-            view["pixels"], view["crop"] = fit(picture.load(), size, corner, flip, self.args.image_interpolation_mode)
+            view["pixels"], view["crop"] = fit(picture.load(), size, corner, flip, self.interpolation)
         return view
 
     @torch.no_grad()
@@ -318,11 +339,11 @@ class DreamBoothDataset(Dataset):
         """Encode every picture (and its mirror image, if images are flipped) once; random crops stay as drawn here."""
         used = {self.buckets[picture.bucket] for picture in self.pictures}
         wanted = [(p, {self.buckets[p.bucket]}) for p in self.pictures] + [(p, used) for p in self.class_pictures]
-        flips = (False, True) if self.args.random_flip else (False,)
+        flips = (False, True) if self.random_flip else (False,)
         for i, (picture, sizes) in enumerate(progress(wanted)):
-            corner = None if self.args.center_crop else tuple(sample_rng(self.args.seed, i, CACHE).random(2))
+            corner = None if self.center_crop else tuple(sample_rng(self.seed, i, CACHE).random(2))
             for size, flip in itertools.product(sizes, flips):
-                pixels, crop = fit(picture.load(), size, corner, flip, self.args.image_interpolation_mode)
+                pixels, crop = fit(picture.load(), size, corner, flip, self.interpolation)
                 posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
                 picture.latents[size, flip] = posterior.mean[0].cpu(), posterior.std[0].cpu(), crop
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from . import TrainingError
-from .adapters import load_adapters
+from . import TrainingError, adapters
 from .data import image_files, open_image
 from .evaluate import for_sampling, labelled_rows, load_pipeline, sample
 
@@ -63,8 +62,12 @@ def prompts_of(subject: str, prompt: str) -> dict[str, str]:
     return {colour: f"{prompt} on {article(colour)} background" for colour in COLOURS if colour not in seen}
 
 
-def judge_and_show(args: Any) -> dict[str, float]:
-    """Base model against the saved adapter on the same prompts and seeds: a table and a grid.
+def judge_and_show(
+    subject: str, pipeline: str, instance_images: Path, prompt: str, output: Path, resolution: int | None = None
+) -> dict[str, float]:
+    """Base model against the adapter saved in `output` on the same prompts and seeds: a table and a grid.
+
+    `resolution`: side of the pictures; None: the pipeline's own.
 
     Returns {"subject", "background", and the same for the base model}: shares of right images.
     """
@@ -74,19 +77,19 @@ def judge_and_show(args: Any) -> dict[str, float]:
         judge = Judge.load()
     except FileNotFoundError as error:
         raise TrainingError(
-            f"The adapter is trained and saved in {args.output_dir}, but the judge is missing ({error.filename}): take "
+            f"The adapter is trained and saved in {output}, but the judge is missing ({error.filename}): take "
             "examples/assets/ from the repository."
         ) from error
-    output, concept = Path(args.output_dir), subjects()[args.demo]["concept"]
-    prompts = prompts_of(args.demo, args.instance_prompt)
+    concept = subjects()[subject]["concept"]
+    prompts = prompts_of(subject, prompt)
     pairs = [(colour, prompt, seed) for colour, prompt in prompts.items() for seed in SEEDS]
-    size = (args.resolution, args.resolution)
+    size = (resolution, resolution)
 
     images, right = {}, {}
     for kind in ("base", "personalized"):
-        pipe = load_pipeline(args.pretrained_model_name_or_path)
+        pipe = load_pipeline(pipeline)
         if kind == "personalized":
-            load_adapters(pipe, output)
+            adapters.load(pipe, output)
         with for_sampling(pipe):
             images[kind] = sample(pipe, [p for _, p, _ in pairs], [s for *_, s in pairs], size, batch=28, **SAMPLER)
         best = judge.concept_scores(images[kind]).argmax(1).tolist()
@@ -109,7 +112,7 @@ def judge_and_show(args: Any) -> dict[str, float]:
     lines.append(f"{'all':<12}{cells[0]:>15}{cells[1]:>12}{cells[2]:>24}{cells[3]:>12}")
     table = "\n".join(lines)
 
-    instances = [open_image(path) for path in image_files(Path(args.instance_data_dir))]
+    instances = [open_image(path) for path in image_files(instance_images)]
     grid = show(instances, prompts, images, output / "grid.png")
     (output / "table.txt").write_text(table + "\n")
     (output / "table.json").write_text(json.dumps(shares, indent=1) + "\n")

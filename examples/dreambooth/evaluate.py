@@ -16,7 +16,6 @@ from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 
 from . import TrainingError, one_line
-from .adapters import load_adapters
 
 
 def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
@@ -47,18 +46,24 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **kwargs: Any) 
     return pipe.to(dtype)  # files may be in another dtype
 
 
-def base_pipeline(args: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline that the flags name, with the VAE that they name.
+def base_pipeline(
+    path: str,
+    vae: str | None = None,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """The pipeline at `path`, with the VAE at `vae`, if that is given.
 
     Raises:
         TrainingError: if one of them cannot be loaded.
     """
-    source = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    pipe = load_pipeline(args.pretrained_model_name_or_path, dtype, **source)
-    vae = args.pretrained_vae_model_name_or_path
+    pipe = load_pipeline(path, dtype, revision=revision, variant=variant, cache_dir=cache_dir)
     if vae:
         try:
-            pipe.vae = AutoencoderKL.from_pretrained(vae, cache_dir=args.cache_dir).to(dtype)
+            pipe.vae = AutoencoderKL.from_pretrained(vae, cache_dir=cache_dir).to(dtype)
         except (OSError, ValueError, RuntimeError) as error:
             raise TrainingError(
                 f"--pretrained_vae_model_name_or_path {vae}: expected the folder of an AutoencoderKL, or its id on the "
@@ -84,7 +89,7 @@ def for_sampling(pipe: Any) -> Iterator[Any]:
 
 @torch.no_grad()
 def sample(
-    pipe: Any, prompts: list[str], seeds: list[int], size: tuple[int, int], batch: int = 4, **kwargs: Any
+    pipe: Any, prompts: list[str], seeds: list[int], size: tuple[int | None, int | None], batch: int = 4, **kwargs: Any
 ) -> list[Image.Image]:
     """One image per pair of prompt and seed. Each has its own generator, so batches change nothing but rounding."""
     images = []
@@ -95,23 +100,17 @@ def sample(
     return images
 
 
-def validation(pipe: Any, args: Any, size: tuple[int, int], autocast: Any = None) -> list[Image.Image]:
-    """The images of --validation_prompt: the same seeds every time."""
-    prompts = [prompt for prompt in args.validation_prompt for _ in range(args.num_validation_images)]
-    seeds = [args.seed + i for _ in args.validation_prompt for i in range(args.num_validation_images)]
-    settings = {
-        "num_inference_steps": args.validation_inference_steps,
-        "guidance_scale": args.validation_guidance_scale,
-    }
+def validation(
+    pipe: Any, prompts: list[str], count: int, seed: int, size: tuple[int, int], autocast: Any = None, **settings: Any
+) -> list[Image.Image]:
+    """`count` images of each prompt, with the same seeds every time. `settings`: more of the pipeline's arguments."""
+    seeds = [seed + i for _ in prompts for i in range(count)]
     with for_sampling(pipe), autocast or contextlib.nullcontext():
-        return sample(pipe, prompts, seeds, size, **settings)
+        return sample(pipe, repeat(prompts, count), seeds, size, **settings)
 
 
-def from_file(args: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """A fresh pipeline with the adapter as it was saved."""
-    pipe = base_pipeline(args, dtype)
-    load_adapters(pipe, folder)
-    return pipe.to(device)
+def repeat(prompts: list[str], times: int) -> list[str]:
+    return [prompt for prompt in prompts for _ in range(times)]
 
 
 def track(accelerator: Any, phase: str, images: list[Image.Image], prompts: list[str], step: int) -> None:

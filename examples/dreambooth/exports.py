@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -34,20 +33,19 @@ def is_export(path: Path) -> bool:
         return False
 
 
-def export_for_other_tools(output: Path, kind: str, args: Any, say: Callable[[str], None]) -> list[str]:
-    """Write what --export asks for from the saved adapter; returns the files written.
+def export_for_other_tools(output: Path, kind: str, base_model: str, say: Callable[[str], None]) -> list[str]:
+    """Write the adapter in `output` in the format `kind` ("auto", "lokr", ..., "none"); returns the files written.
+
+    `base_model`: folder or id of the pipeline that it was trained on.
 
     A format that cannot hold the adapter, or a model whose names other tools do not know, is said, not raised: the
     adapter is saved already, and `python -m peft_krona convert` can be tried later.
     """
     if kind == "none":
         return []
-    if kind == "auto" and args.adapter_type != "krona":
-        kind = args.adapter_type
-    base_path = args.pretrained_model_name_or_path
     try:
         adapter = read_adapter(output)
-        base = base_of_folder(base_path) if os.path.isdir(base_path) else guess_base(adapter)
+        base = base_of_folder(base_model) if os.path.isdir(base_model) else guess_base(adapter)
         report = export(adapter, output / f"{output.resolve().name}.safetensors", to=kind, base=base)
     except FormatError as error:
         say(f"Not exported as {kind}: {error}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,53 +19,69 @@ from .arguments import BETAS, EPSILON
 # left factors: KronA's A, LoRA's A, LoKr's w1; everything else counts as B
 LEFT = ("krona_A", "lora_A", "lokr_w1")
 
+PRODIGY = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")  # its flags, all as --prodigy_...
 
-def parameter_groups(parts: dict[str, nn.Module], args: Any) -> list[dict[str, Any]]:
-    """Groups by model and by side of the product, each with its learning rate and weight decay."""
+
+def parameter_groups(
+    parts: Mapping[str, nn.Module],
+    rates: Mapping[str, float],
+    decays: Mapping[str, float],
+    ratio_a: float = 1.0,
+    ratio_b: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Groups by model and by side of the product, each with its learning rate and weight decay.
+
+    `rates`, `decays`: by component. `ratio_a`, `ratio_b`: of the two sides' learning rates to the component's.
+    """
     groups = []
     for name, model in parts.items():
-        is_unet = name == "unet"
-        lr = args.learning_rate if is_unet else args.text_encoder_lr
-        decay = args.adam_weight_decay if is_unet else args.adam_weight_decay_text_encoder
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        for side, own in (("a", args.learning_rate_a), ("b", args.learning_rate_b)):
+        for side, ratio in (("a", ratio_a), ("b", ratio_b)):
             params = [p for n, p in trained if any(left in n for left in LEFT) == (side == "a")]
-            ratio = own / args.learning_rate if own is not None else 1.0
             if params:
-                groups.append({"params": params, "lr": lr * ratio, "weight_decay": decay, "name": f"{name}.{side}"})
+                settings = {"lr": rates[name] * ratio, "weight_decay": decays[name], "name": f"{name}.{side}"}
+                groups.append({"params": params, **settings})
     return groups
 
 
-def build_optimizer(groups: list[dict[str, Any]], args: Any) -> torch.optim.Optimizer:
-    """AdamW, 8-bit AdamW, Prodigy, schedule-free, or the class that --optimizer names.
+def build_optimizer(
+    groups: list[dict[str, Any]],
+    name: str,
+    lr: float,
+    *,
+    betas: tuple[float, float] = BETAS,
+    eps: float = EPSILON,
+    eight_bit: bool = False,
+    warmup_steps: int = 0,
+    prodigy: Mapping[str, Any] | None = None,
+    more: Sequence[str] = (),
+) -> torch.optim.Optimizer:
+    """AdamW, 8-bit AdamW, Prodigy, schedule-free, or the class that `name` names.
+
+    `warmup_steps`: for schedule-free. `prodigy`: more of Prodigy's arguments. `more`: "NAME=VALUE" of any other.
 
     Raises:
         TrainingError: if the class, its package or one of its arguments does not exist.
     """
-    betas, eps = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
-    name = args.optimizer.lower()
-    if name == "prodigy":
+    kind = name.lower()
+    if kind == "prodigy":
         cls = find_class("prodigyopt.Prodigy")
         if len({g["lr"] for g in groups}) > 1:  # pragma: no cover  (the arguments exclude it)
             raise TrainingError("Prodigy needs the same learning rate for all parameters.")
-        if args.learning_rate <= 0.1:
-            print(f"note: --learning_rate {args.learning_rate:g} is small for Prodigy, which wants about 1.")
-        settings = {
-            "betas": betas, "eps": eps, "beta3": args.prodigy_beta3, "decouple": args.prodigy_decouple,
-            "use_bias_correction": args.prodigy_use_bias_correction,
-            "safeguard_warmup": args.prodigy_safeguard_warmup,
-        }  # fmt: skip
-    elif args.use_8bit_adam:
+        if lr <= 0.1:
+            print(f"note: --learning_rate {lr:g} is small for Prodigy, which wants about 1.")
+        settings = {"betas": betas, "eps": eps, **(prodigy or {})}
+    elif eight_bit:
         cls, settings = find_class("bitsandbytes.optim.AdamW8bit"), {"betas": betas, "eps": eps}
-    elif name == "schedulefree":
+    elif kind == "schedulefree":
         cls = find_class("schedulefree.AdamWScheduleFree")
-        settings = {"betas": betas, "eps": eps, "warmup_steps": args.lr_warmup_steps}
-    elif name == "adamw":
+        settings = {"betas": betas, "eps": eps, "warmup_steps": warmup_steps}
+    elif kind == "adamw":
         cls, settings = torch.optim.AdamW, {"betas": betas, "eps": eps}
     else:
-        cls, settings = find_class(args.optimizer), {}
+        cls, settings = find_class(name), {}
         if cls is torch.optim.SparseAdam:
-            raise TrainingError(f"--optimizer {args.optimizer} is for sparse gradients, which adapters do not have.")
+            raise TrainingError(f"--optimizer {name} is for sparse gradients, which adapters do not have.")
         accepted = inspect.signature(cls.__init__).parameters
         given = {"betas": (betas, BETAS), "eps": (eps, EPSILON)}  # with what they are if nobody sets them
         settings = {
@@ -74,27 +91,36 @@ def build_optimizer(groups: list[dict[str, Any]], args: Any) -> torch.optim.Opti
         }
         if "weight_decay" not in accepted:
             groups = [{k: v for k, v in g.items() if k != "weight_decay"} for g in groups]
-    settings |= parse_settings(args.optimizer_args)
+    settings |= parse_settings(more)
     try:
-        return cls(groups, lr=args.learning_rate, **settings)
+        return cls(groups, lr=lr, **settings)
     except (TypeError, ValueError) as error:
-        raise TrainingError(f"--optimizer {args.optimizer} does not take {settings}: {error}.") from error
+        raise TrainingError(f"--optimizer {name} does not take {settings}: {error}.") from error
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, args: Any, total: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule of --lr_scheduler over `total` updates.
+def build_schedule(
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    total: int,
+    *,
+    warmup_steps: int = 0,
+    cycles: int = 1,
+    power: float = 1.0,
+    step_rules: str | None = None,
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """diffusers' schedule `name` over `total` updates.
 
     Raises:
         TrainingError: if --lr_step_rules cannot be read.
     """
     try:
         return get_scheduler(
-            args.lr_scheduler, optimizer, step_rules=args.lr_step_rules, num_warmup_steps=args.lr_warmup_steps,
-            num_training_steps=total, num_cycles=args.lr_num_cycles, power=args.lr_power,
+            name, optimizer, step_rules=step_rules, num_warmup_steps=warmup_steps, num_training_steps=total,
+            num_cycles=cycles, power=power,
         )  # fmt: skip
     except (ValueError, IndexError) as error:
         raise TrainingError(
-            f"--lr_scheduler {args.lr_scheduler} with --lr_step_rules {args.lr_step_rules!r}: {error}; expected e.g. "
+            f"--lr_scheduler {name} with --lr_step_rules {step_rules!r}: {error}; expected e.g. "
             '"1:100,0.1:400,0.01" (factor:step pairs, then the last factor).'
         ) from error
 
@@ -126,7 +152,7 @@ def find_class(name: str) -> type:
         ) from error
 
 
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     """["momentum=0.9"] -> {"momentum": 0.9}."""
     found = {}
     for pair in pairs:

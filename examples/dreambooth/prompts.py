@@ -35,6 +35,7 @@ class Denoiser(nn.Module):
     def __init__(self, pipe: Any):
         super().__init__()
         self.unet = pipe.unet
+        self.encoder_names = list(text_encoders(pipe))
         self.encoders = nn.ModuleList(text_encoders(pipe).values())
         self.sdxl = is_sdxl(pipe)
         # SDXL pipelines can define that the empty prompt is all zeros instead of its encoding
@@ -49,6 +50,14 @@ class Denoiser(nn.Module):
         if self.zero_if_empty:
             hidden, pooled = hidden.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
         return {"hidden": hidden, "pooled": pooled}
+
+    def by_component(self, state: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        """This module's whole state dict as {component of the pipeline: its state dict}."""
+        names = {"unet.": "unet"} | {f"encoders.{i}.": name for i, name in enumerate(self.encoder_names)}
+        return {
+            name: {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+            for start, name in names.items()
+        }
 
     def forward(
         self,

@@ -82,7 +82,14 @@ def add_krona(
     return adapted
 
 
-def save_krona_weights(pipe: Any, save_directory: str | os.PathLike, adapter_name: str = "default") -> list[Path]:
+def save_krona_weights(
+    pipe: Any,
+    save_directory: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    metadata: Mapping[str, str] | None = None,
+    state_dicts: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Path]:
     """Save one adapter of every model of the pipeline, each as a PEFT folder in a subfolder of its component's name.
 
     A component's folder is written under a temporary name and renamed, so it is never half written. A save replaces
@@ -91,6 +98,9 @@ def save_krona_weights(pipe: Any, save_directory: str | os.PathLike, adapter_nam
 
     Args:
         pipe: the pipeline. save_directory: created if missing. adapter_name: which adapter.
+        metadata: texts for the header of every weights file.
+        state_dicts: {component name: its whole state dict}, for models whose parameters are spread over processes
+            (FSDP, ZeRO-3); the others' are taken from the models.
 
     Returns:
         The folders written.
@@ -114,7 +124,11 @@ def save_krona_weights(pipe: Any, save_directory: str | os.PathLike, adapter_nam
     _check_replaceable(root, configs)
     root.mkdir(parents=True, exist_ok=True)
     models = _models(pipe)
-    saved = [_save_component(models[name], config, adapter_name, root / name) for name, config in configs.items()]
+    header = {"format": "pt", **(metadata or {})}
+    saved = [
+        _save_component(models[name], config, adapter_name, root / name, header, (state_dicts or {}).get(name))
+        for name, config in configs.items()
+    ]
     _remove_others(root, configs, models)
     return saved
 
@@ -297,8 +311,18 @@ def _is_krona(config: Path) -> bool:
     return isinstance(found, dict) and found.get("peft_type") == "KRONA"
 
 
-def _save_component(model: nn.Module, config: KronAConfig, adapter_name: str, folder: Path) -> Path:
-    state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+def _save_component(
+    model: nn.Module,
+    config: KronAConfig,
+    adapter_name: str,
+    folder: Path,
+    metadata: dict[str, str],
+    whole: Mapping[str, Any] | None = None,
+) -> Path:
+    """`whole`: the model's state dict, where it is not in the model itself."""
+    state_dict = get_peft_model_state_dict(
+        model, state_dict=whole, adapter_name=adapter_name, save_embedding_layers=False
+    )
     state_dict = {f"{PEFT_PREFIX}{key}": tensor.contiguous().cpu() for key, tensor in state_dict.items()}
     config = copy.deepcopy(config)
     config.inference_mode = True
@@ -307,7 +331,7 @@ def _save_component(model: nn.Module, config: KronAConfig, adapter_name: str, fo
         new = Path(scratch, "new")
         new.mkdir()
         config.save_pretrained(str(new))
-        save_file(state_dict, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(state_dict, new / SAFETENSORS_WEIGHTS_NAME, metadata=metadata)
         old = Path(scratch, "old")
         if folder.exists():
             os.replace(folder, old)
