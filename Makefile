@@ -18,9 +18,9 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# .demo has what the examples need, .ready what the tests need as well
+# .demo has what the demo needs and no more, .ready what the tests and the checks need
 $(VENV)/.demo: pyproject.toml constraints.txt
-	$(call install,.[examples])
+	$(call install,.[demo])
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(call install,.[dev])
