@@ -8,7 +8,7 @@ import json
 import torch
 from torch import nn
 
-from peft_krona.convert import Adapter, KronaLayer, shapes_of_models
+from peft_krona.convert import AdapterFile, LayerUpdate, shapes_of_models
 
 
 def tiny_unet(xl: bool = False, linear_projection: bool | None = None):
@@ -122,7 +122,9 @@ def image(pipe, **kwargs) -> torch.Tensor:
     return out.images
 
 
-def random_adapter(models: dict[str, nn.Module], select, *, r=1, layout="kron", factors=(4, 2), scale=1.0) -> Adapter:
+def random_adapter(
+    models: dict[str, nn.Module], select, *, r=1, layout="kron", factors=(4, 2), scale=1.0
+) -> AdapterFile:
     """A random adapter on the layers of `models` that select(component, module) admits."""
     from peft_krona.factors import choose_factors
 
@@ -134,11 +136,11 @@ def random_adapter(models: dict[str, nn.Module], select, *, r=1, layout="kron", 
                 a_out, a_in = choose_factors(n_out, n_in, *factors)
                 A = torch.randn(r, a_out, a_in, generator=generator)
                 B = torch.randn(r, n_out // a_out, n_in // a_in, *kernel, generator=generator) * 0.05
-                layers.append(KronaLayer(component, module, A, B, scale, layout))
-    return Adapter(tuple(layers))
+                layers.append(LayerUpdate(component, module, A, B, scale, layout))
+    return AdapterFile(tuple(layers))
 
 
-def merge_by_hand(models: dict[str, nn.Module], adapter: Adapter) -> None:
+def merge_by_hand(models: dict[str, nn.Module], adapter: AdapterFile) -> None:
     """Add every dW to the models' own weights: what each exported file has to do as well."""
     from peft_krona.convert.names import to_module_name
 

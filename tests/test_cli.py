@@ -11,7 +11,7 @@ from convert_fixtures import anything, attention, image, random_adapter, relativ
 from safetensors.torch import load_file, save_file
 
 from peft_krona.__main__ import main
-from peft_krona.convert import Adapter, KronaLayer, export, read_adapter
+from peft_krona.convert import AdapterFile, LayerUpdate, export, read_adapter
 from peft_krona.pipelines import load_krona_weights
 
 
@@ -89,7 +89,7 @@ def test_convert_scales_and_splits(pipe, tmp_path, capsys):
 def test_convert_checks_against_the_base_folder(pipe, tmp_path, capsys):
     adapter, _ = adapter_folder(pipe, tmp_path)
     layer = next(layer for layer in adapter if layer.module.endswith("attn1.to_q"))
-    stranger = Adapter((type(layer)(layer.component, layer.module, layer.A, layer.B.repeat(1, 2, 1)),))
+    stranger = AdapterFile((type(layer)(layer.component, layer.module, layer.A, layer.B.repeat(1, 2, 1)),))
     export(stranger, tmp_path / "stranger", "peft")
     assert main(["convert", str(tmp_path / "stranger"), str(tmp_path / "x"), "--base", pipe.folder]) == 1
     assert layer.name in (text := capsys.readouterr().err) and "base model's is" in text
@@ -157,10 +157,10 @@ def test_merge_refuses_to_write_infinite_weights(pipe, tmp_path, capsys, argumen
 
 def key_layer(width):
     name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
-    return KronaLayer("unet", name, torch.ones(1, 4, 2), torch.ones(1, 160, width // 2))
+    return LayerUpdate("unet", name, torch.ones(1, 4, 2), torch.ones(1, 160, width // 2))
 
 
-CLIP = KronaLayer("text_encoder", "text_model.encoder.layers.0.mlp.fc1", torch.ones(1, 4, 2), torch.ones(1, 768, 384))
+CLIP = LayerUpdate("text_encoder", "text_model.encoder.layers.0.mlp.fc1", torch.ones(1, 4, 2), torch.ones(1, 768, 384))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ CLIP = KronaLayer("text_encoder", "text_model.encoder.layers.0.mlp.fc1", torch.o
     ],
 )
 def test_a_base_that_the_layers_contradict(layer, base, found, tmp_path, capsys):
-    export(Adapter((layer,)), tmp_path / "in", "peft")
+    export(AdapterFile((layer,)), tmp_path / "in", "peft")
     status = main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "lokr", "--base", base])
     text = capsys.readouterr().err
     if found is None:

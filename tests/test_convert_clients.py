@@ -19,8 +19,8 @@ from convert_fixtures import (
 )
 from torch import nn
 
-from peft_krona.convert import BASES, Adapter, base_of_folder, export, shapes_of_models
-from peft_krona.convert.export import lycoris_loads
+from peft_krona.convert import BASES, AdapterFile, base_of_folder, export, shapes_of_models
+from peft_krona.convert.formats.lokr import lycoris_loads
 from peft_krona.pipelines import load_krona_weights
 
 # -- LyCORIS -----------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def sd_models():
 def test_lycoris_loads_the_lokr_files_that_it_can(sd_models, factors, tmp_path):
     adapter = random_adapter(sd_models, anything, factors=factors, scale=0.5)
     loadable = replace(adapter, layers=[layer for layer in adapter if lycoris_loads(layer)])
-    report = export(loadable, tmp_path / "x", "lokr", base=BASES["sd15"], dtype=torch.float32)
+    report = export(loadable, tmp_path / "x", "lokr", base_model=BASES["sd15"], dtype=torch.float32)
     found, error = lycoris_merge(loadable, sd_models, report.files[0])
     assert found == len(loadable) and error < 1e-6
     assert not report.notes
@@ -84,24 +84,24 @@ def test_lycoris_refuses_the_lokr_files_that_it_cannot_load(sd_models, factors, 
     refused = {layer.A.shape + layer.B.shape: layer for layer in adapter if not lycoris_loads(layer)}
     assert refused
     for layer in refused.values():
-        report = export(Adapter((layer,)), tmp_path / "x", "lokr", base=BASES["sd15"], dtype=torch.float32)
+        report = export(AdapterFile((layer,)), tmp_path / "x", "lokr", base_model=BASES["sd15"], dtype=torch.float32)
         assert "LyCORIS itself does not load" in report.notes[0]
         with pytest.raises(RuntimeError, match="match"):
-            lycoris_merge(Adapter((layer,)), sd_models, report.files[0])
+            lycoris_merge(AdapterFile((layer,)), sd_models, report.files[0])
 
 
 @pytest.mark.parametrize("layout", ["kron", "diffusekrona"])
 @pytest.mark.parametrize("to", ["loha", "lora", "diff"])
 def test_lycoris_loads_the_other_formats_with_any_factors(sd_models, to, layout, tmp_path):
     adapter = random_adapter(sd_models, anything, factors=(8, 4), layout=layout, scale=0.5)
-    report = export(adapter, tmp_path / "x", to, base=BASES["sd15"], dtype=torch.float32)
+    report = export(adapter, tmp_path / "x", to, base_model=BASES["sd15"], dtype=torch.float32)
     found, error = lycoris_merge(adapter, sd_models, report.files[0])
     assert found == len(adapter) and error < 1e-6
 
 
 def test_lycoris_loads_the_terms_of_one_adapter_from_several_files(sd_models, tmp_path):
     adapter = random_adapter(sd_models, attention, factors=(4, 4), r=2)
-    report = export(adapter, tmp_path / "x", "lokr", base=BASES["sd15"], dtype=torch.float32, split_terms=True)
+    report = export(adapter, tmp_path / "x", "lokr", base_model=BASES["sd15"], dtype=torch.float32, split_terms=True)
     first, second = (replace(adapter, layers=[layer.terms()[n] for layer in adapter]) for n in (0, 1))
     assert lycoris_merge(first, sd_models, report.files[0])[1] < 1e-6
     assert lycoris_merge(second, sd_models, report.files[1])[1] < 1e-6
@@ -138,7 +138,7 @@ def adapted_parts(pipe):
 def test_diffusers_loads_our_lora_and_gives_the_native_adapters_image(pipe, select, r, layout, tmp_path):
     adapter = random_adapter(adapted_parts(pipe), select, r=r, layout=layout, factors=(8, 4), scale=0.7)
     export(adapter, tmp_path / "native", "peft")
-    report = export(adapter, tmp_path / "lora", "lora", base=base_of_folder(pipe.folder), dtype=torch.float32)
+    report = export(adapter, tmp_path / "lora", "lora", base_model=base_of_folder(pipe.folder), dtype=torch.float32)
     native, other = copied(pipe), copied(pipe)
     load_krona_weights(native, tmp_path / "native")
     other.load_lora_weights(str(report.files[0]))
@@ -146,7 +146,7 @@ def test_diffusers_loads_our_lora_and_gives_the_native_adapters_image(pipe, sele
     assert relative(image(other), wanted) < 1e-5
     assert relative(image(pipe), wanted) > 1e-2
     half = copied(pipe)
-    report = export(adapter, tmp_path / "lora16", "lora", base=base_of_folder(pipe.folder))
+    report = export(adapter, tmp_path / "lora16", "lora", base_model=base_of_folder(pipe.folder))
     half.load_lora_weights(str(report.files[0]))
     assert relative(image(half), wanted) < 2e-3
 
@@ -226,7 +226,9 @@ def test_pipelines_with_a_transformer_load_our_lora(kind, layout, tmp_path):
         {"transformer": transformer}, lambda c, m: "embed" not in m, factors=(8, 4), r=2, layout=layout
     )
     encoder = tiny_clip(with_projection=kind == "sd3")
-    adapter = Adapter((*adapter, *random_adapter({"text_encoder": encoder}, attention, factors=(8, 4), layout=layout)))
+    adapter = AdapterFile(
+        (*adapter, *random_adapter({"text_encoder": encoder}, attention, factors=(8, 4), layout=layout))
+    )
     names = {layer.module for layer in adapter}
     assert "proj_out" in names  # the name of one layer that is the end of others' names
     report = export(adapter, tmp_path / "x")

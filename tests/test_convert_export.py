@@ -2,6 +2,7 @@
 """Files out: exact for every shape, layout, number of terms and dtype; refusals; the automatic choice; verification."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,14 +14,14 @@ from safetensors.torch import load_file
 
 from peft_krona.convert import (
     BASES,
-    Adapter,
-    KronaLayer,
+    AdapterFile,
+    LayerUpdate,
     choose_format,
     export,
-    files,
     from_tensors,
     guess_base,
     read_adapter,
+    safetensors_io,
     to_diff,
     to_loha,
     to_lokr,
@@ -29,7 +30,8 @@ from peft_krona.convert import (
     tolerance,
 )
 from peft_krona.convert import export as _export_function
-from peft_krona.convert.lora import lora_rank
+from peft_krona.convert.formats.lokr import LOKR
+from peft_krona.convert.formats.lora import lora_rank
 from peft_krona.errors import FormatError, KronAError
 from peft_krona.ops.reference import delta_weight_loop
 
@@ -51,7 +53,7 @@ def layers(draw, kernels=((), (3, 3), (1, 1), (1, 3)), max_r=3):
     magnitude = 10.0 ** draw(st.integers(-4, 4))  # of A against B: folding has to balance them
     stored = draw(st.sampled_from(DTYPES))
     A, B = (A * magnitude).to(stored), (B / magnitude * 1e-2).to(stored)
-    return KronaLayer(
+    return LayerUpdate(
         "unet", MODULE, A, B, draw(st.sampled_from([1.0, 0.3, 16.0])), draw(st.sampled_from(["kron", "diffusekrona"]))
     )
 
@@ -84,9 +86,9 @@ WRITERS = {"lokr": to_lokr, "loha": to_loha, "lora": to_lora, "diff": to_diff}
 def test_every_format_holds_what_it_accepts(layer, to, dtype):
     wanted = judge(layer)
     try:
-        tensors = WRITERS[to](Adapter((layer,)), BASES["sd15"], dtype)
+        tensors = WRITERS[to](AdapterFile((layer,)), BASES["sd15"], dtype)
     except FormatError as error:
-        assert to in ("lokr", "loha") and ("--to" in str(error))
+        assert to in ("lokr", "loha") and ("to=" in str(error))
         assert layer.r > 1 or (to == "lokr" and layer.layout == "diffusekrona")
         return
     assert relative(rebuilt(to, tensors).reshape(wanted.shape), wanted) < tolerance(dtype)
@@ -100,7 +102,7 @@ def test_every_format_holds_what_it_accepts(layer, to, dtype):
 def test_native_to_file_to_native(layer, to):
     if to == "lokr" and (layer.r > 1 or layer.layout != "kron"):
         return
-    (again,) = from_tensors(WRITERS[to](Adapter((layer,)), BASES["sd15"], torch.float32))
+    (again,) = from_tensors(WRITERS[to](AdapterFile((layer,)), BASES["sd15"], torch.float32))
     assert again.name == layer.name and again.shape == layer.shape
     assert relative(again.delta_weight(), judge(layer)) < 1e-6
     if to == "lokr":
@@ -112,7 +114,7 @@ def test_native_to_file_to_native(layer, to):
 def test_file_to_native_to_file(layer, to):
     if to == "lokr" and (layer.r > 1 or layer.layout != "kron"):
         return
-    first = WRITERS[to](Adapter((layer,)), BASES["sd15"], torch.float32)
+    first = WRITERS[to](AdapterFile((layer,)), BASES["sd15"], torch.float32)
     again = WRITERS[to](from_tensors(first), BASES["sd15"], torch.float32)
     assert first.keys() == again.keys()
     if to == "lokr":
@@ -124,7 +126,7 @@ def test_file_to_native_to_file(layer, to):
 @given(layer=layers(), dtype=st.sampled_from([None, torch.float32, torch.bfloat16]))
 def test_peft_folders_keep_factors_bit_for_bit(layer, dtype, tmp_path_factory):
     out = tmp_path_factory.mktemp("peft") / "adapter"
-    export(Adapter((layer,)), out, "peft", dtype=dtype)
+    export(AdapterFile((layer,)), out, "peft", dtype=dtype)
     (again,) = read_adapter(out)
     assert torch.equal(again.A, layer.A.to(dtype or layer.A.dtype))
     assert (again.scale, again.layout, again.name) == (layer.scale, layer.layout, layer.name)
@@ -134,20 +136,20 @@ def test_peft_folders_keep_factors_bit_for_bit(layer, dtype, tmp_path_factory):
 def test_ranks_are_the_closed_form_ones(layout):
     """SDXL 1280 x 1280 with (64, 8): LoRA of rank 160, LoHa of rank 20, LoKr of 3,712 numbers."""
     torch.manual_seed(0)
-    layer = KronaLayer("unet", MODULE, torch.randn(1, 64, 8), torch.randn(1, 20, 160), 1.0, layout)
-    adapter = Adapter((layer,))
+    layer = LayerUpdate("unet", MODULE, torch.randn(1, 64, 8), torch.randn(1, 20, 160), 1.0, layout)
+    adapter = AdapterFile((layer,))
     assert lora_rank(layer) == 160
     assert to_lora(adapter, BASES["sdxl"])[
         "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.lora_up.weight"
     ].shape == (1280, 160)
     loha = to_loha(adapter, BASES["sdxl"])
     assert loha["lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.hada_w1_b"].shape == (20, 1280)
-    low = KronaLayer("unet", MODULE, torch.ones(1, 64, 8), torch.randn(1, 20, 160), 1.0, layout)
+    low = LayerUpdate("unet", MODULE, torch.ones(1, 64, 8), torch.randn(1, 20, 160), 1.0, layout)
     assert lora_rank(low) == 20  # ones have rank 1
 
 
 def one(r=1, layout="kron", a=(4, 2), b=(8, 16), module=MODULE, component="unet", fill=torch.randn):
-    return KronaLayer(component, module, fill(r, *a), fill(r, *b) * 0.1, 1.0, layout)
+    return LayerUpdate(component, module, fill(r, *a), fill(r, *b) * 0.1, 1.0, layout)
 
 
 @pytest.mark.parametrize(
@@ -164,9 +166,9 @@ def one(r=1, layout="kron", a=(4, 2), b=(8, 16), module=MODULE, component="unet"
     ],
 )
 def test_the_automatic_choice(layer, format, split, tmp_path):
-    chosen = choose_format(Adapter((layer,)))
+    chosen = choose_format(AdapterFile((layer,)))
     assert chosen[:2] == (format, split)
-    report = export(Adapter((layer,)), tmp_path / "x", base=BASES["sd15"])
+    report = export(AdapterFile((layer,)), tmp_path / "x", base_model=BASES["sd15"])
     assert report.format == format and chosen[2] in str(report)
     assert len(report.files) == (layer.r if split else 1)
     assert report.size == sum(path.stat().st_size for path in report.files)
@@ -178,10 +180,10 @@ def test_terms_as_several_files_add_up(to, tmp_path):
     layer = one(r=3, layout="kron" if to == "lokr" else "diffusekrona")
     other = one(r=2, module=MODULE.replace("to_q", "to_k"), layout=layer.layout)
     report = export(
-        Adapter((layer, other)),
+        AdapterFile((layer, other)),
         tmp_path / "my.safetensors",
         to,
-        base=BASES["sd15"],
+        base_model=BASES["sd15"],
         dtype=torch.float32,
         split_terms=True,
     )
@@ -195,15 +197,15 @@ def test_terms_as_several_files_add_up(to, tmp_path):
 @pytest.mark.parametrize(
     ("layer", "to", "message"),
     [
-        (one(r=2), "lokr", r"attn1\.to_q has r=2 terms.*--split-terms.*--to lora or --to diff"),
-        (one(r=2), "loha", "r=2 terms.*--to lora"),
-        (one(layout="diffusekrona"), "lokr", "layout 'diffusekrona'.*--to loha"),
+        (one(r=2), "lokr", r"attn1\.to_q has r=2 terms.*split_terms=True.*to='lora' or to='diff'"),
+        (one(r=2), "loha", "r=2 terms.*to='lora'"),
+        (one(layout="diffusekrona"), "lokr", "layout 'diffusekrona'.*to='loha'"),
         (
             one(component="transformer", module="transformer_blocks.0.attn.to_q"),
             "lokr",
-            "For a transformer use --to lora",
+            "For a transformer use to='lora'",
         ),
-        (one(component="model", module="layers.0.q"), "lora", "--to peft"),
+        (one(component="model", module="layers.0.q"), "lora", "to='peft'"),
         (one(component="text_encoder", module="text_model.embeddings.token_embedding"), "lora", "is an embedding"),
         (one(module="down_blocks.0.motion_modules.0.x"), "lokr", "has no name"),
         (one(), "banana", "expected one of auto, lokr"),
@@ -211,62 +213,65 @@ def test_terms_as_several_files_add_up(to, tmp_path):
 )
 def test_refusals_name_layer_reason_and_way_out(layer, to, message, tmp_path):
     with pytest.raises(FormatError, match=message):
-        export(Adapter((layer,)), tmp_path / "x", to, base=BASES["sdxl"])
+        export(AdapterFile((layer,)), tmp_path / "x", to, base_model=BASES["sdxl"])
     assert not list(tmp_path.iterdir())
 
 
 def test_numbers_too_small_for_the_dtype_fail_and_leave_nothing(tmp_path):
-    tiny = KronaLayer("unet", MODULE, torch.full((1, 4, 2), 1e-4), torch.full((1, 8, 16), 1e-5))
-    with pytest.raises(FormatError, match=r"to_q: rebuilt from the diff file, dW is off by .*--dtype fp32"):
-        export(Adapter((tiny,)), tmp_path / "x", "diff", base=BASES["sd15"])
+    tiny = LayerUpdate("unet", MODULE, torch.full((1, 4, 2), 1e-4), torch.full((1, 8, 16), 1e-5))
+    with pytest.raises(FormatError, match=r"to_q: rebuilt from the diff file, dW is off by .*dtype=torch.float32"):
+        export(AdapterFile((tiny,)), tmp_path / "x", "diff", base_model=BASES["sd15"])
     assert not list(tmp_path.iterdir())
-    assert export(Adapter((tiny,)), tmp_path / "x", "diff", base=BASES["sd15"], dtype=torch.float32).worst_error < 1e-7
-    assert export(Adapter((tiny,)), tmp_path / "y", "lokr", base=BASES["sd15"]).worst_error < 2e-3  # balanced
+    assert (
+        export(AdapterFile((tiny,)), tmp_path / "x", "diff", base_model=BASES["sd15"], dtype=torch.float32).worst_error
+        < 1e-7
+    )
+    assert export(AdapterFile((tiny,)), tmp_path / "y", "lokr", base_model=BASES["sd15"]).worst_error < 2e-3  # balanced
 
 
 def test_a_writer_that_is_wrong_is_caught_and_leaves_nothing(tmp_path, monkeypatch):
-    def forgets_the_scale(adapter, base, dtype):
-        return {key: t * 2 if key.endswith("w1") else t for key, t in to_lokr(adapter, base, dtype).items()}
+    def forgets_the_scale(layers, dtype):
+        return [{**parts, "lokr_w1": parts["lokr_w1"] * 2} for parts in LOKR.write(layers, dtype)]
 
-    def forgets_a_layer(adapter, base, dtype):
-        return to_lokr(Adapter(adapter.layers[:1]), base, dtype)
+    def forgets_a_layer(layers, dtype):
+        return [*LOKR.write(layers[:1], dtype), {}]
 
-    adapter = Adapter((one(), one(module=MODULE.replace("to_q", "to_k"))))
+    adapter = AdapterFile((one(), one(module=MODULE.replace("to_q", "to_k"))))
     for wrong in (forgets_the_scale, forgets_a_layer):
-        monkeypatch.setitem(export_module._WRITERS, "lokr", wrong)
+        monkeypatch.setitem(export_module.WRITTEN, "lokr", replace(LOKR, write=wrong))
         with pytest.raises(FormatError, match="Nothing was written"):
-            export(adapter, tmp_path / "x", "lokr", base=BASES["sd15"])
+            export(adapter, tmp_path / "x", "lokr", base_model=BASES["sd15"])
         with pytest.raises(FormatError, match="Nothing was written"):
-            export(adapter, tmp_path / "x", "lokr", base=BASES["sd15"], split_terms=True)
+            export(adapter, tmp_path / "x", "lokr", base_model=BASES["sd15"], split_terms=True)
         assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
-    export(Adapter((one(),)), path, "lokr", base=BASES["sd15"])
+    export(AdapterFile((one(),)), path, "lokr", base_model=BASES["sd15"])
     before = path.read_bytes()
 
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.os, "replace", stop)
+    monkeypatch.setattr(safetensors_io.os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        export(Adapter((one(),)), path, "lokr", base=BASES["sd15"])
+        export(AdapterFile((one(),)), path, "lokr", base_model=BASES["sd15"])
     with pytest.raises(KeyboardInterrupt):
-        export(Adapter((one(),)), tmp_path / "folder", "peft")
+        export(AdapterFile((one(),)), tmp_path / "folder", "peft")
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_an_existing_folder_is_not_touched(tmp_path):
     (tmp_path / "keep").write_text("me")
     with pytest.raises(FormatError, match="exists already"):
-        export(Adapter((one(),)), tmp_path, "peft")
+        export(AdapterFile((one(),)), tmp_path, "peft")
     assert (tmp_path / "keep").read_text() == "me"
 
 
 def test_metadata(tmp_path):
-    adapter = Adapter((one(),), source="test", metadata={"base_model": "sdxl-base", "trigger_words": "zwx cat"})
-    report = export(adapter, tmp_path / "cat", "lokr", base=BASES["sdxl"])
+    adapter = AdapterFile((one(),), source="test", metadata={"base_model": "sdxl-base", "trigger_words": "zwx cat"})
+    report = export(adapter, tmp_path / "cat", "lokr", base_model=BASES["sdxl"])
     with safe_open(report.files[0], "pt") as file:
         metadata = file.metadata()
     assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
@@ -292,7 +297,7 @@ def test_metadata(tmp_path):
 def test_open_clip_attentions_are_filled_up_for_a1111(component, base, count, tmp_path):
     """A1111 applies q, k, v and out of an OpenCLIP attention only together."""
     layer = one(component=component, module="text_model.encoder.layers.0.self_attn.v_proj")
-    report = export(Adapter((layer,)), tmp_path / "x", "lokr", base=BASES[base])
+    report = export(AdapterFile((layer,)), tmp_path / "x", "lokr", base_model=BASES[base])
     stems = {key.split(".")[0] for key in load_file(report.files[0])}
     assert len(stems) == count
     zeros = [key for key, t in load_file(report.files[0]).items() if key.endswith("w1") and not t.any()]
@@ -300,7 +305,7 @@ def test_open_clip_attentions_are_filled_up_for_a1111(component, base, count, tm
 
 
 def test_one_alpha_for_the_whole_lora_file():
-    adapter = Adapter(
+    adapter = AdapterFile(
         (one(), one(module="conv_in", a=(2, 1), b=(3, 4, 3, 3)), one(r=3, module="mid_block.resnets.0.time_emb_proj"))
     )
     tensors = to_lora(adapter, BASES["sdxl"])
@@ -315,7 +320,7 @@ def test_lora_for_transformers_carries_ranks_and_alphas():
         one(component="transformer", module=f"transformer_blocks.0.attn.to_{k}", a=a)
         for k, a in (("q", (4, 2)), ("k", (2, 1)))
     ]
-    tensors, metadata = to_lora_peft(Adapter(tuple(layers)), torch.float32)
+    tensors, metadata = to_lora_peft(AdapterFile(tuple(layers)), torch.float32)
     config = json.loads(metadata["lora_adapter_metadata"])
     assert config["transformer.alpha_pattern"] == config["transformer.rank_pattern"]
     again = from_tensors(tensors, metadata)
@@ -324,16 +329,16 @@ def test_lora_for_transformers_carries_ranks_and_alphas():
 
 
 def test_the_projection_of_the_second_text_encoder_is_named_with_it(tmp_path):
-    adapter = Adapter((one(), one(component="text_encoder_2", module="text_projection")))
-    report = export(adapter, tmp_path / "x", base=BASES["sdxl"])
+    adapter = AdapterFile((one(), one(component="text_encoder_2", module="text_projection")))
+    report = export(adapter, tmp_path / "x", base_model=BASES["sdxl"])
     assert report.format == "lokr" and "lora_te2_text_projection.lokr_w1" in load_file(report.files[0])
     assert {layer.name for layer in read_adapter(report.files[0])} == {layer.name for layer in adapter}
 
 
 def test_zero_updates_stay_zero(tmp_path):
-    fresh = KronaLayer("unet", MODULE, torch.randn(1, 4, 2), torch.zeros(1, 8, 16))
+    fresh = LayerUpdate("unet", MODULE, torch.randn(1, 4, 2), torch.zeros(1, 8, 16))
     for to in WRITERS:
-        report = export(Adapter((fresh,)), tmp_path / to, to, base=BASES["sd15"])
+        report = export(AdapterFile((fresh,)), tmp_path / to, to, base_model=BASES["sd15"])
         assert report.worst_error == 0
         assert not rebuilt(to, load_file(report.files[0])).any()
 
@@ -352,7 +357,7 @@ def test_zero_updates_stay_zero(tmp_path):
 )
 def test_the_base_model_is_guessed_or_asked_for(layers, kind):
     if kind is None:
-        with pytest.raises(KronAError, match="--base sd15, sd2, sdxl"):
-            guess_base(Adapter(tuple(layers)))
+        with pytest.raises(KronAError, match="base_model: sd15, sd2, sdxl"):
+            guess_base(AdapterFile(tuple(layers)))
     else:
-        assert guess_base(Adapter(tuple(layers))) is BASES[kind]
+        assert guess_base(AdapterFile(tuple(layers))) is BASES[kind]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from peft_krona.convert import Adapter, KronaLayer, export, read_adapter
-from peft_krona.convert.files import read_safetensors
+from peft_krona.convert import AdapterFile, LayerUpdate, export, read_adapter
+from peft_krona.convert.safetensors_io import read_safetensors
 from peft_krona.errors import FormatError, KronAError
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0.attn1"
@@ -167,8 +167,8 @@ def test_folders_without_or_with_too_many_files(tmp_path):
     ],
 )
 def test_configs_that_do_not_fit_the_weights(tmp_path, change, message):
-    layer = KronaLayer("unet", f"{BLOCK}.to_q", torch.randn(1, 4, 2), torch.randn(1, 8, 16))
-    export(Adapter((layer,)), tmp_path / "x", "peft")
+    layer = LayerUpdate("unet", f"{BLOCK}.to_q", torch.randn(1, 4, 2), torch.randn(1, 8, 16))
+    export(AdapterFile((layer,)), tmp_path / "x", "peft")
     path = tmp_path / "x" / "unet" / "adapter_config.json"
     config = json.loads(path.read_text())
     change(config)
@@ -178,8 +178,8 @@ def test_configs_that_do_not_fit_the_weights(tmp_path, change, message):
 
 
 def test_weights_without_their_config(tmp_path):
-    layer = KronaLayer("unet", f"{BLOCK}.to_q", torch.randn(1, 4, 2), torch.randn(1, 8, 16))
-    export(Adapter((layer,)), tmp_path / "x", "peft")
+    layer = LayerUpdate("unet", f"{BLOCK}.to_q", torch.randn(1, 4, 2), torch.randn(1, 8, 16))
+    export(AdapterFile((layer,)), tmp_path / "x", "peft")
     weights = tmp_path / "x" / "unet" / "adapter_model.safetensors"
     assert read_adapter(weights).layers[0].name == layer.name
     (weights.parent / "adapter_config.json").write_text("[]")

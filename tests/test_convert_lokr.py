@@ -9,9 +9,8 @@ from convert_fixtures import relative
 from torch import nn
 
 from peft_krona.convert import BASES, from_lokr, from_peft, from_tensors, read_adapter
-from peft_krona.convert.adapter import KronaLayer
-from peft_krona.convert.export import lycoris_loads
-from peft_krona.convert.lokr import as_plain_kron
+from peft_krona.convert.formats.lokr import as_plain_kron, lycoris_loads
+from peft_krona.convert.record import LayerUpdate
 from peft_krona.errors import FormatError
 
 NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -97,8 +96,8 @@ def test_sd_scripts_krona_flattens_the_kernel_into_the_input(columns, width, ter
 def test_one_by_one_convolutions_stored_as_matrices():
     name = "lora_unet_down_blocks_0_attentions_0_proj_in"
     file = {f"{name}.lokr_w1": torch.randn(4, 2), f"{name}.lokr_w2": torch.randn(8, 16)}
-    assert from_lokr(file, base=BASES["sd15"]).layers[0].shape == (32, 32, 1, 1)
-    assert from_lokr(file, base=BASES["sdxl"]).layers[0].shape == (32, 32)
+    assert from_lokr(file, base_model=BASES["sd15"]).layers[0].shape == (32, 32, 1, 1)
+    assert from_lokr(file, base_model=BASES["sdxl"]).layers[0].shape == (32, 32)
     (layer,) = from_lokr(file).fitted({"unet": {"down_blocks.0.attentions.0.proj_in": (32, 32, 1, 1)}})
     assert layer.shape == (32, 32, 1, 1)
 
@@ -177,7 +176,7 @@ def test_peft_lokr_folders(tmp_path, settings):
 def test_shuffled_layers_with_a_side_of_one_are_plain_products(name):
     sizes = {"a_out": 4, "a_in": 3, "b_out": 5, "b_in": 2} | {name: 1}
     A, B = torch.randn(1, sizes["a_out"], sizes["a_in"]), torch.randn(1, sizes["b_out"], sizes["b_in"])
-    layer = KronaLayer("unet", "x", A, B, 0.5, "diffusekrona")
+    layer = LayerUpdate("unet", "x", A, B, 0.5, "diffusekrona")
     plain = as_plain_kron(layer)
     assert plain.layout == "kron"
     assert relative(plain.delta_weight(), layer.delta_weight()) < 1e-12
@@ -185,7 +184,7 @@ def test_shuffled_layers_with_a_side_of_one_are_plain_products(name):
 
 def test_no_shuffled_layer_of_full_sizes_is_a_plain_product():
     assert (
-        as_plain_kron(KronaLayer("unet", "x", torch.ones(1, 4, 2), torch.ones(1, 3, 2), layout="diffusekrona")) is None
+        as_plain_kron(LayerUpdate("unet", "x", torch.ones(1, 4, 2), torch.ones(1, 3, 2), layout="diffusekrona")) is None
     )
 
 
@@ -197,14 +196,14 @@ def test_lycoris_rule_on_known_cases():
         ((64, 4), (20, 320), False),
         ((16, 16), (2, 2), False),
     ):
-        assert lycoris_loads(KronaLayer("unet", "x", torch.ones(1, *a), torch.ones(1, *b))) is loads
+        assert lycoris_loads(LayerUpdate("unet", "x", torch.ones(1, *a), torch.ones(1, *b))) is loads
 
 
 def test_detection_refuses_loha_diff_and_mixed_files():
     loha = {f"{NAME}.{key}": torch.ones(2, 2) for key in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")}
     with pytest.raises(FormatError, match=r"loha file .* nearest_kronecker"):
         from_tensors(loha)
-    with pytest.raises(FormatError, match=r"mixes lokr .* and lora"):
+    with pytest.raises(FormatError, match=r"mixes lokr and lora"):
         from_tensors({f"{NAME}.lokr_w1": torch.ones(2, 2), f"{NAME}.lora_up.weight": torch.ones(2, 2)})
     with pytest.raises(FormatError, match="of no adapter format"):
         from_tensors({"model.diffusion_model.out.2.weight": torch.ones(2, 2)})

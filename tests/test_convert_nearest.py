@@ -9,7 +9,7 @@ from convert_fixtures import relative, tiny_unet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_krona.convert import KronaLayer, from_difference, nearest_kronecker
+from peft_krona.convert import LayerUpdate, from_difference, nearest_kronecker
 from peft_krona.errors import FactorError, FormatError
 from peft_krona.ops.reference import delta_weight_loop
 
@@ -80,7 +80,7 @@ def test_two_checkpoints_give_the_adapter_between_them(layout):
         "down_blocks.0.resnets.0.conv1": ((1, 8, 4), (1, 4, 8, 3, 3)),
     }
     for module, (a, b) in planted.items():
-        layer = KronaLayer("unet", module, torch.randn(a), torch.randn(b) * 0.1, 1.0, layout)
+        layer = LayerUpdate("unet", module, torch.randn(a), torch.randn(b) * 0.1, 1.0, layout)
         tuned[f"{module}.weight"] += layer.delta_weight(torch.float32)
     adapter, errors = from_difference(base, tuned, 8, 4, layout=layout)
     assert {layer.module for layer in adapter} == planted.keys()

@@ -181,7 +181,7 @@ def test_values_that_no_flag_takes(args, message, capsys):
 
 def test_the_base_model_is_found_beside_every_form_of_an_adapter(sd, tmp_path):
     pipeline, adapter = sd
-    file = export(read_adapter(adapter), tmp_path / "one", "lora", base=BASES["sd15"]).files[0]
+    file = export(read_adapter(adapter), tmp_path / "one", "lora", base_model=BASES["sd15"]).files[0]
     for path in (adapter, adapter / "unet", file):
         configs = generate.adapter_configs(str(path))
         assert generate.base_model(str(path), configs) == str(pipeline)

@@ -9,7 +9,7 @@ from convert_fixtures import anything, attention, random_adapter, tiny_clip, tin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_krona.convert import Adapter, KronaLayer
+from peft_krona.convert import AdapterFile, LayerUpdate
 from peft_krona.errors import FormatError
 from peft_krona.inspection import MAX_CORE, LayerStats, delta_norm, inspect_adapter, plot, singular_values, table
 
@@ -28,7 +28,7 @@ def test_norm_and_spectrum_are_those_of_dW(sizes, r, kernel, layout, seed):
     generator = torch.Generator().manual_seed(seed)
     a_out, a_in, b_out, b_in = sizes
     A, B = torch.randn(r, a_out, a_in, generator=generator), torch.randn(r, b_out, b_in, *kernel, generator=generator)
-    layer = KronaLayer("unet", "x", A, B, -0.7, layout)
+    layer = LayerUpdate("unet", "x", A, B, -0.7, layout)
     dW = layer.delta_weight()
     assert delta_norm(layer) == pytest.approx(dW.norm().item(), rel=1e-9, abs=1e-9)
     wanted, found = torch.linalg.svdvals(dW.flatten(1)), singular_values(layer)
@@ -38,7 +38,7 @@ def test_norm_and_spectrum_are_those_of_dW(sizes, r, kernel, layout, seed):
 
 
 def stats_of(values):
-    layer = KronaLayer("unet", "x", torch.ones(1, 1, 1), torch.ones(1, 1, 1))
+    layer = LayerUpdate("unet", "x", torch.ones(1, 1, 1), torch.ones(1, 1, 1))
     return LayerStats(layer, 1.0, None, None if values is None else torch.tensor(values, dtype=torch.float64))
 
 
@@ -51,9 +51,9 @@ def test_effective_rank():
 
 def test_layers_too_costly_have_no_spectrum_but_a_norm():
     side = int(MAX_CORE**0.5) + 1
-    layer = KronaLayer("unet", "x", torch.randn(2, side, side), torch.randn(2, side, side))
+    layer = LayerUpdate("unet", "x", torch.randn(2, side, side), torch.randn(2, side, side))
     assert singular_values(layer) is None and delta_norm(layer) > 0
-    stats = inspect_adapter(Adapter((layer,)))
+    stats = inspect_adapter(AdapterFile((layer,)))
     assert table(stats).splitlines()[2].split()[-2] == "-"
 
 
@@ -107,5 +107,5 @@ def test_the_picture_is_drawn_for_every_kind_of_adapter(r, tmp_path):
     picture = Image.open(tmp_path / "x.png").convert("RGB")
     assert picture.width > 1000 and picture.height > 700
     assert len(picture.resize((200, 150)).getcolors(100000)) > 500  # heat maps, curves and text, not an empty frame
-    fresh = KronaLayer("transformer", "transformer_blocks.0.attn.to_q", torch.randn(1, 4, 2), torch.zeros(1, 4, 2))
-    plot(inspect_adapter(Adapter((fresh,))), tmp_path / "fresh.png")
+    fresh = LayerUpdate("transformer", "transformer_blocks.0.attn.to_q", torch.randn(1, 4, 2), torch.zeros(1, 4, 2))
+    plot(inspect_adapter(AdapterFile((fresh,))), tmp_path / "fresh.png")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from .convert import (
     BASES,
     FORMATS,
-    Adapter,
+    AdapterFile,
     UNetNames,
     base_of_folder,
     check_base,
@@ -24,8 +25,8 @@ from .convert import (
     read_adapter,
     shapes_of_folder,
 )
-from .convert.files import read_weights
-from .convert.merging import merge_pipeline
+from .convert.merge_pipeline import merge_pipeline
+from .convert.safetensors_io import read_weights
 from .errors import FormatError, KronAError
 from .factors import LAYOUTS
 from .inspection import check_picture_name, inspect_adapter, plot, table
@@ -39,9 +40,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (KronAError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_in_flags(str(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+# The library's messages name its arguments; here they are the flags that set them.
+_FLAGS = (
+    (r"\bto='(\w+)'", r"--to \1"),
+    (r"\bsplit_terms=True\b", "--split-terms"),
+    (r"\bdtype=torch\.float32\b", "--dtype fp32"),
+    (r"\bscale \(AdapterFile\.scaled\)", "--scale"),
+    (r"\bbase_model=(\S+?):", r"--base \1:"),
+    (r"\bbase_model: ", "--base "),
+    (r"\bbase_model\b", "--base"),
+    (r"\bpicture='([^']*)'", r"--plot \1"),
+)
+
+
+def _in_flags(message: str) -> str:
+    """A message of the library in the words of the command line.
+
+    >>> _in_flags("Use to='lora' or split_terms=True.")
+    'Use --to lora or --split-terms.'
+    """
+    for argument, flag in _FLAGS:
+        message = re.sub(argument, flag, message)
+    return message
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,7 +125,8 @@ def _convert(options: argparse.Namespace) -> None:
         base = guess_base(adapter)
     print(f"read {len(adapter)} layers ({adapter.source}) from {options.input}")
     dtype = DTYPES[options.dtype] if options.dtype else None
-    print(export(adapter, options.output, options.to, base=base, dtype=dtype, split_terms=options.split_terms))
+    report = export(adapter, options.output, options.to, base_model=base, dtype=dtype, split_terms=options.split_terms)
+    print(_in_flags(str(report)))
 
 
 def _base(name: str | None) -> tuple[UNetNames | None, Mapping[str, Mapping[str, tuple[int, ...]]] | None]:
@@ -114,7 +140,7 @@ def _base(name: str | None) -> tuple[UNetNames | None, Mapping[str, Mapping[str,
     return base_of_folder(name), shapes_of_folder(name)
 
 
-def _names_need_base(adapter: Adapter) -> bool:
+def _names_need_base(adapter: AdapterFile) -> bool:
     """Names in files for UNet pipelines depend on the base model; those for transformers do not."""
     return all(component == "unet" or component.startswith("text_encoder") for component in adapter.components)
 

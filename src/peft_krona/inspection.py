@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .convert import Adapter, KronaLayer
-from .convert.files import read_header, read_weights
+from .convert import AdapterFile, LayerUpdate
 from .convert.names import to_file_name
+from .convert.safetensors_io import read_header, read_weights
 from .errors import FormatError
 
 # A core larger than this (many terms of large factors) has no singular values computed: minutes for each layer.
@@ -32,7 +32,7 @@ class LayerStats:
         spectrum: singular values of dW (out x in*kernel), descending; None if too costly.
     """
 
-    layer: KronaLayer
+    layer: LayerUpdate
     norm: float
     relative: float | None
     spectrum: torch.Tensor | None
@@ -49,7 +49,7 @@ class LayerStats:
         return exp(-(p * p.log()).sum().item())
 
 
-def inspect_adapter(adapter: Adapter, base: str | os.PathLike | None = None) -> list[LayerStats]:
+def inspect_adapter(adapter: AdapterFile, base: str | os.PathLike | None = None) -> list[LayerStats]:
     """Statistics of every layer, in the adapter's order.
 
     Args:
@@ -67,17 +67,17 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike | None = None) -> 
     return stats
 
 
-def delta_norm(layer: KronaLayer) -> float:
+def delta_norm(layer: LayerUpdate) -> float:
     """||dW||_F from the factors: the squared norm is s^2 sum_nm <A_n, A_m> <B_n, B_m>.
 
-    >>> delta_norm(KronaLayer("unet", "x", torch.ones(1, 2, 3), torch.ones(1, 4, 5), 0.5)) ** 2
+    >>> delta_norm(LayerUpdate("unet", "x", torch.ones(1, 2, 3), torch.ones(1, 4, 5), 0.5)) ** 2
     30.0
     """
     A, B = layer.A.double().flatten(1), layer.B.double().flatten(1)
     return abs(layer.scale) * ((A @ A.T) * (B @ B.T)).sum().clamp_min(0).sqrt().item()
 
 
-def singular_values(layer: KronaLayer) -> torch.Tensor | None:
+def singular_values(layer: LayerUpdate) -> torch.Tensor | None:
     """Singular values of dW as an (out, in * prod(kernel)) matrix, descending, float64; None if too costly.
 
     For one term they are all products of a singular value of A and one of B. For more, A_n and B_n are first written
@@ -101,7 +101,7 @@ def _reduced(terms: torch.Tensor) -> torch.Tensor:
     return rows.T @ terms @ columns
 
 
-def _base_norms(folder: Path, adapter: Adapter) -> dict[str, float]:
+def _base_norms(folder: Path, adapter: AdapterFile) -> dict[str, float]:
     """||W||_F of the adapted layers."""
     wanted = {layer.name for layer in adapter}
     norms = {}
@@ -176,10 +176,10 @@ def column_of(module: str) -> str:
     return "ff" if re.search(r"\.(ff|mlp|ff_context)\.", module) else "other"
 
 
-def row_of(layer: KronaLayer) -> str:
+def row_of(layer: LayerUpdate) -> str:
     """Which row of the overview a layer belongs in: its block.
 
-    >>> row_of(KronaLayer("unet", "up_blocks.1.attentions.2.proj_in", torch.ones(1, 1, 1), torch.ones(1, 1, 1)))
+    >>> row_of(LayerUpdate("unet", "up_blocks.1.attentions.2.proj_in", torch.ones(1, 1, 1), torch.ones(1, 1, 1)))
     'up 1.2'
     """
     module = layer.module
@@ -198,7 +198,7 @@ def row_of(layer: KronaLayer) -> str:
     return module.split(".")[0]
 
 
-def _label(layer: KronaLayer) -> str:
+def _label(layer: LayerUpdate) -> str:
     """Short name of one layer: block, transformer block in it, kind."""
     match = re.search(r"attentions\.\d+\.transformer_blocks\.(\d+)", layer.module)
     kind = column_of(layer.module)
@@ -215,11 +215,13 @@ def check_picture_name(path: str | os.PathLike) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
-        raise FormatError("--plot needs matplotlib: pip install matplotlib") from error
+        raise FormatError("A picture needs matplotlib: pip install matplotlib.") from error
     ending = Path(path).suffix.lower().removeprefix(".")
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if ending not in known:
-        raise FormatError(f"--plot {path}: expected a name that ends in one of {', '.join(known)}, got {ending!r}.")
+        raise FormatError(
+            f"picture={str(path)!r}: expected a name that ends in one of {', '.join(known)}, got {ending!r}."
+        )
 
 
 def plot(stats: Sequence[LayerStats], path: str | os.PathLike, title: str = "") -> None:

@@ -22,14 +22,13 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import cast_adapter_dtype
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
 from .config import PEFT_PREFIX, KronAConfig
-from .convert.files import read_safetensors
-from .convert.names import guess_component
-from .convert.reading import read_adapter
+from .convert import read_adapter
+from .convert.read import saved_components
 from .errors import ConfigError, FormatError
 from .layers import KronALayer
 from .rollback import undone_on_error
@@ -182,29 +181,11 @@ def load_krona_weights(
 
 def _read_own_folder(path: Path, models: Mapping[str, nn.Module]) -> dict[str, tuple[KronAConfig, dict]] | None:
     """{component: (config, state dict)} of a folder that save_krona_weights or PEFT wrote, settings as they were."""
-    configs = [path / CONFIG_NAME] if (path / CONFIG_NAME).is_file() else sorted(path.glob(f"*/{CONFIG_NAME}"))
-    if not configs or any(_peft_type(file) != PeftType.KRONA.value for file in configs):
-        return None
-    components = {}
-    for file in configs:
-        folder = file.parent
-        config = KronAConfig.from_pretrained(str(folder), inference_mode=True)
-        if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-            raise FormatError(f"{folder} has an {CONFIG_NAME} but no {SAFETENSORS_WEIGHTS_NAME}.")
-        state_dict, _ = read_safetensors(folder / SAFETENSORS_WEIGHTS_NAME)
-        state_dict = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
-        name = folder.name if folder != path else guess_component(state_dict)
-        if folder == path and name not in models:  # guess_component knows the usual module names only
-            name = next((denoiser for denoiser in DENOISERS if denoiser in models), name)
-        components[name] = config, state_dict
-    return components
-
-
-def _peft_type(config_file: Path) -> str:
-    try:
-        return json.loads(config_file.read_text(encoding="utf-8"))["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{config_file} is not the config of a PEFT adapter: {error!r}.") from error
+    components = saved_components(path)
+    if components is None or not (path / CONFIG_NAME).is_file():
+        return components
+    ((name, found),) = components.items()  # the adapter of a single model, whose component is a guess
+    return {name if name in models else next((denoiser for denoiser in DENOISERS if denoiser in models), name): found}
 
 
 def _load_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, where: str) -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters of other tools in, files for other tools out.
 
-Every conversion is a function from tensors to tensors by way of `Adapter`; `read_adapter` and `export` handle files.
+Every conversion is a function from tensors to tensors by way of `AdapterFile`; `read_adapter` and `export` handle
+files. What is known of one format is one record in `convert.formats`.
 
 >>> import torch
 >>> down, up = torch.randn(4, 8), torch.randn(5, 80)  # DiffuseKronA's layer of shape (40, 320)
@@ -11,24 +12,24 @@ Every conversion is a function from tensors to tensors by way of `Adapter`; `rea
 ((40, 320), 'diffusekrona')
 """
 
-from .adapter import Adapter, KronaLayer, shapes_of_models
-from .base import base_of_folder, check_base, guess_base, shapes_of_folder
-from .diff import to_diff
-from .diffusekrona import from_diffusekrona
-from .export import FORMATS, Report, choose_format, export, tolerance
-from .loha import to_loha
-from .lokr import from_lokr, to_lokr
-from .lora import from_lora, to_lora, to_lora_peft
+from .base_model import base_of_folder, check_base, guess_base
+from .export import TO as FORMATS
+from .export import Report, choose_format, export, to_diff, to_loha, to_lokr, to_lora, tolerance
+from .formats.krona import to_peft
+from .formats.lora import to_lora_peft
 from .names import BASES, UNetNames
 from .nearest import from_difference, nearest_kronecker
-from .peft import from_peft, to_peft
-from .reading import from_tensors, read_adapter
+from .read import from_diffusekrona, from_lokr, from_lora, from_peft, from_tensors, read_adapter
+from .record import AdapterFile, LayerUpdate
+from .shapes import shapes_of_folder, shapes_of_models
+
+Adapter, KronaLayer = AdapterFile, LayerUpdate  # their names before 0.1, for one release
 
 __all__ = [
     "BASES",
     "FORMATS",
-    "Adapter",
-    "KronaLayer",
+    "AdapterFile",
+    "LayerUpdate",
     "Report",
     "UNetNames",
     "base_of_folder",

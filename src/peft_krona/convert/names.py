@@ -51,6 +51,32 @@ def is_embedding(module: str) -> bool:
     return module.endswith(("token_embedding", "position_embedding", "embed_tokens"))
 
 
+# -- diffusers' first LoRA format, which the released DiffuseKronA code has too --------------------------------------
+
+# Where a layer's name ends in a key, and what it is called in the model.
+_OLD_ENDS = (
+    (re.compile(r"^(?P<layer>.*\.attn[12]?)\.processor\.(?P<which>to_[qkv])_lora$"), "{layer}.{which}"),
+    (re.compile(r"^(?P<layer>.*\.attn[12]?)\.processor\.to_out_lora$"), "{layer}.to_out.0"),
+    (re.compile(r"^(?P<layer>.*)\.lora_linear_layer$"), "{layer}"),
+    (re.compile(r"^(?P<layer>.*)\.lora_layer$"), "{layer}"),
+)
+_OLD_COMPONENT = re.compile(r"^(?P<component>unet|text_encoder|text_encoder_2)\.(?P<module>.+)$")
+
+
+def old_diffusers_name(stem: str) -> tuple[str, str] | None:
+    """(component, module) of a key's stem in diffusers' first LoRA format, or None if it is not of that format.
+
+    >>> old_diffusers_name("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora")
+    ('unet', 'mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0')
+    """
+    match = _OLD_COMPONENT.match(stem)
+    for pattern, name in _OLD_ENDS:
+        end = pattern.match(match["module"]) if match else None
+        if end:
+            return match["component"], to_file_name(match["component"], name.format(**end.groupdict()))
+    return None
+
+
 # -- kohya's names: one flat word -------------------------------------------------------------------------------------
 
 # Prefix -> component. The longer ones are tried first. `lora_te1_` also occurs in files for SD 1.x.
@@ -338,7 +364,7 @@ def to_kohya_name(component: str, module: str, base: UNetNames) -> str:
     if component not in prefixes:
         raise FormatError(
             f"{component}.{module}: files of this kind hold a UNet and its text encoders. For a transformer "
-            "use --to lora or --to peft."
+            "use to='lora' or to='peft'."
         )
     if component == "unet" and base.style == "ldm":
         module = diffusers_to_ldm(module, base)

@@ -14,8 +14,8 @@ import torch
 
 from ..errors import FactorError, FormatError
 from ..factors import choose_factors
-from .adapter import Adapter, KronaLayer
 from .names import to_file_name
+from .record import AdapterFile, LayerUpdate
 
 
 def nearest_kronecker(
@@ -81,7 +81,7 @@ def from_difference(
     layout: str = "kron",
     component: str = "unet",
     modules: Mapping[str, tuple[int, int]] | None = None,
-) -> tuple[Adapter, dict[str, float]]:
+) -> tuple[AdapterFile, dict[str, float]]:
     """The KronA adapter nearest to a fine-tuned model, from its weights and the base model's.
 
     Args:
@@ -111,11 +111,11 @@ def from_difference(
             continue
         wanted = (a_out, a_in) if modules is None else modules[module]
         A, B, error = nearest_kronecker(dW.float(), *choose_factors(*dW.shape[:2], *wanted), r=r, layout=layout)
-        layer = KronaLayer(component, to_file_name(component, module), A, B, 1.0, layout)
+        layer = LayerUpdate(component, to_file_name(component, module), A, B, 1.0, layout)
         layers.append(layer)
         errors[layer.name] = error
     if not layers:
         raise FormatError(
             "The two models do not differ in any matrix or convolution weight: there is nothing to extract."
         )
-    return Adapter(tuple(layers), source="difference"), errors
+    return AdapterFile(tuple(layers), source="difference"), errors

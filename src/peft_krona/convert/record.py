@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every format is read into and written from: `KronaLayer` and `Adapter`."""
+"""What every format is read into and written from: `LayerUpdate`, one layer, and `AdapterFile`, all of them."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,18 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import PEFT_PREFIX, KronAConfig
+from ..config import KronAConfig
 from ..errors import FormatError, ShapeError
 from ..factors import LAYOUTS
 from ..ops import kron_delta_weight
-from .names import to_file_name, to_module_name
+from .peft_config import config_of
+from .shapes import shapes_of_models
 
 # A real layer is far below this (a 256k x 8k embedding has 2e9 entries); a small hostile file can declare far more.
 MAX_LAYER_ELEMENTS = 2**32
 
 
 @dataclass(frozen=True)
-class KronaLayer:
+class LayerUpdate:
     """The Kronecker update of one layer: dW = scale * layout(sum_n A[n] (x) B[n]).
 
     Attributes:
@@ -37,7 +37,7 @@ class KronaLayer:
     Raises:
         ShapeError: on construction, names the layer if A, B and layout do not belong together.
 
-    >>> KronaLayer("unet", "to_q", torch.zeros(1, 4, 2), torch.zeros(1, 8, 3)).shape
+    >>> LayerUpdate("unet", "to_q", torch.zeros(1, 4, 2), torch.zeros(1, 8, 3)).shape
     (32, 6)
     """
 
@@ -91,11 +91,11 @@ class KronaLayer:
         """dW, shape `self.shape`, computed in `dtype`."""
         return kron_delta_weight(self.A.to(dtype), self.B.to(dtype), scale=self.scale, layout=self.layout)
 
-    def terms(self) -> list[KronaLayer]:
+    def terms(self) -> list[LayerUpdate]:
         """The layer's r terms as r layers with one term each."""
         return [replace(self, A=self.A[n : n + 1], B=self.B[n : n + 1]) for n in range(self.r)]
 
-    def with_kernel(self, kernel: tuple[int, ...]) -> KronaLayer:
+    def with_kernel(self, kernel: tuple[int, ...]) -> LayerUpdate:
         """The layer of a convolution whose kernel was stored in B's columns: dW is reshaped to (out, in, *kernel).
 
         The flattened input index is c * K + q for channel c and kernel position q, K = prod(kernel); the product splits
@@ -140,18 +140,18 @@ def balance(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 @dataclass(frozen=True)
-class Adapter:
+class AdapterFile:
     """Layers, what file they came from (`source`), and metadata to pass on.
 
     Attributes:
-        layers: one `KronaLayer` per adapted layer. source: name of the format it was read from.
+        layers: one `LayerUpdate` per adapted layer. source: name of the format it was read from.
         metadata: strings; known keys are `base_model` and `trigger_words`.
 
     Raises:
         FormatError: on construction, if there is no layer or one is there twice.
     """
 
-    layers: tuple[KronaLayer, ...]
+    layers: tuple[LayerUpdate, ...]
     source: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -163,7 +163,7 @@ class Adapter:
         if twice:
             raise FormatError(f"The layer {twice[0]} is there more than once ({len(twice)} such). Keep one of them.")
 
-    def __iter__(self) -> Iterator[KronaLayer]:
+    def __iter__(self) -> Iterator[LayerUpdate]:
         return iter(self.layers)
 
     def __len__(self) -> int:
@@ -178,11 +178,11 @@ class Adapter:
         """Entries of all A and B."""
         return sum(layer.A.numel() + layer.B.numel() for layer in self.layers)
 
-    def scaled(self, factor: float) -> Adapter:
+    def scaled(self, factor: float) -> AdapterFile:
         """The same adapter with every dW multiplied by `factor`."""
         return replace(self, layers=tuple(replace(layer, scale=layer.scale * factor) for layer in self.layers))
 
-    def fitted(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Adapter:
+    def fitted(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> AdapterFile:
         """Checked against a base model, with 1 x 1 kernels as that model has them.
 
         Args:
@@ -214,7 +214,8 @@ class Adapter:
             models = {name: m for name, m in models.items() if isinstance(m, nn.Module) and name in self.components}
             adapter = self.fitted(shapes_of_models(models))
         return {
-            component: _peft_component(
+            component: config_of(
+                component,
                 [layer for layer in adapter.layers if layer.component == component],
                 None if models is None else {name for name, _ in models[component].named_modules()},
             )
@@ -222,73 +223,7 @@ class Adapter:
         }
 
 
-def _peft_component(layers: list[KronaLayer], known: set[str] | None) -> tuple[KronAConfig, dict[str, torch.Tensor]]:
-    layouts = sorted({layer.layout for layer in layers})
-    if len(layouts) > 1:
-        raise FormatError(
-            f"{layers[0].component}: the layouts {layouts} are mixed, and a KronAConfig holds one. "
-            "Split the adapter by layout."
-        )
-    names = [to_module_name(layer.component, layer.module, known) for layer in layers]
-    r, rank_pattern = _default_and_pattern(names, [layer.r for layer in layers])
-    alpha, alpha_pattern = _default_and_pattern(names, [float(layer.scale) for layer in layers])
-    (a_out, a_in), factor_pattern = _default_and_pattern(names, [layer.factors for layer in layers])
-    # PEFT also matches a listed name as the end of a longer one: short names go into a regex, which has to fit whole.
-    short = any(name.count(".") < 2 for name in names)
-    config = KronAConfig(
-        target_modules="|".join(map(re.escape, names)) if short else names,
-        a_out=a_out,
-        a_in=a_in,
-        r=r,
-        alpha=alpha,
-        scaling="alpha",
-        layout=layouts[0],
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        factor_pattern=factor_pattern,
-        strict_factors=True,
-        inference_mode=True,
-    )
-    state_dict = {}
-    for name, layer in zip(names, layers, strict=True):
-        state_dict[f"{PEFT_PREFIX}{name}.krona_A"] = layer.A
-        state_dict[f"{PEFT_PREFIX}{name}.krona_B"] = layer.B
-    return config, state_dict
-
-
-def _default_and_pattern(names: list[str], values: list[Any]) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value, and {pattern key: value} of the layers that have another.
-
-    A key is the end of a name ("to_k", "attn2.to_k") where all layers of that end have that value, else one whole name:
-    the config stays short to read, and fast, as PEFT tries every key on every layer.
-
-    >>> _default_and_pattern(["x.a.q", "x.a.k", "y.a.q", "y.a.k", "y.b.q"], [1, 2, 1, 2, 3])
-    (1, {'k': 2, 'b\\\\.q': 3})
-    """
-    default = Counter(values).most_common(1)[0][0]
-    found: dict[str, set[Any]] = {}
-    for name, value in zip(names, values, strict=True):
-        for end in _ends(name):
-            found.setdefault(end, set()).add(value)
-    pattern = {}
-    for name, value in zip(names, values, strict=True):
-        if value != default:
-            end = next((end for end in _ends(name) if len(found[end]) == 1), None)
-            pattern[f"^{re.escape(name)}" if end is None else re.escape(end)] = value
-    return default, pattern
-
-
-def _ends(name: str) -> list[str]:
-    """The last one and two parts of a dotted name; a number goes with what is before it ("to_out.0").
-
-    >>> _ends("mid_block.attn1.to_out.0")
-    ['to_out.0', 'attn1.to_out.0']
-    """
-    parts = re.findall(r"[^.]*[^.\d][^.]*(?:\.\d+)*", name) or [name]
-    return [".".join(parts[-n:]) for n in (1, 2)]
-
-
-def _fit(layer: KronaLayer, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> KronaLayer:
+def _fit(layer: LayerUpdate, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> LayerUpdate:
     if layer.component not in shapes:
         raise FormatError(
             f"{layer.name}: the base model has no {layer.component}; it has {', '.join(shapes) or 'nothing adaptable'}."
@@ -306,32 +241,3 @@ def _fit(layer: KronaLayer, shapes: Mapping[str, Mapping[str, tuple[int, ...]]])
         f"{layer.name}: A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} make a weight of {layer.shape}, but the "
         f"base model's is {wanted}. Is the adapter for another model?"
     )
-
-
-def shapes_of_models(models: Mapping[str, nn.Module]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """{component: {module: (out, in, *kernel)}} of the layers of a pipeline's parts that can be adapted.
-
-    An embedding counts as (embedding_dim, num_embeddings), and the input of a grouped convolution as that of one group.
-
-    >>> shapes_of_models({"unet": nn.Sequential(nn.Linear(3, 5))})
-    {'unet': {'0': (5, 3)}}
-    """
-    return {
-        component: {
-            to_file_name(component, name.removesuffix(".base_layer")): shape
-            for name, module in model.named_modules()
-            if (shape := _shape_of(module)) is not None
-        }
-        for component, model in models.items()
-    }
-
-
-def _shape_of(module: nn.Module) -> tuple[int, ...] | None:
-    """(out, in, *kernel), not from the weight itself: a quantized one is packed."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return module.out_channels, module.in_channels // module.groups, *module.kernel_size
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim, module.num_embeddings
-    return None

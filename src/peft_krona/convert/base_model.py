@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of the base model: its kind (for names and metadata) and, given its folder, its weights' shapes."""
+"""Which kind of Stable Diffusion the base model is: told by an adapter's layers, or by the model's folder."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import re
 from pathlib import Path
 
 from ..errors import FormatError
-from .adapter import Adapter
-from .files import read_header
-from .names import BASES, UNetNames, is_embedding, to_file_name
+from .names import BASES, UNetNames
+from .record import AdapterFile
 
 _BY_CROSS_ATTENTION = {names.cross_attention_dim: kind for kind, names in BASES.items()}
 _LATER_BLOCK = re.compile(r"\.transformer_blocks\.[1-9]")
 
 
-def guess_base(adapter: Adapter) -> UNetNames:
+def guess_base(adapter: AdapterFile) -> UNetNames:
     """The kind of Stable Diffusion that an adapter is for, from the sizes and names of its layers.
 
     Raises:
@@ -29,13 +28,13 @@ def guess_base(adapter: Adapter) -> UNetNames:
         kinds = {_BY_CROSS_ATTENTION[size] for size in hidden if size in (768, 1024)}
     if len(kinds) != 1:
         raise FormatError(
-            "The adapter's layers do not tell which Stable Diffusion it is for. Say so with --base sd15, sd2, sdxl or "
-            "the base model's folder."
+            "The adapter's layers do not tell which Stable Diffusion it is for. Say so with base_model: sd15, sd2, sdxl "
+            "or the base model's folder."
         )
     return BASES[kinds.pop()]
 
 
-def check_base(adapter: Adapter, name: str) -> None:
+def check_base(adapter: AdapterFile, name: str) -> None:
     """Refuse a kind of Stable Diffusion (`names.BASES`) that the adapter's layers are not of.
 
     A first text encoder alone tells nothing: that of SD 1.x and SDXL is the same.
@@ -47,12 +46,12 @@ def check_base(adapter: Adapter, name: str) -> None:
     if kinds and kinds != {name}:
         found = " and ".join(sorted(kinds))
         raise FormatError(
-            f"--base {name}: the adapter's layers have sizes and names of {found}. Give the base model that it was "
-            "trained on, or leave --base out."
+            f"base_model={name}: the adapter's layers have sizes and names of {found}. Give the base model that it was "
+            "trained on, or leave base_model out."
         )
 
 
-def _kinds_of_unet(adapter: Adapter) -> set[str]:
+def _kinds_of_unet(adapter: AdapterFile) -> set[str]:
     """Kinds that the UNet's layers, or a second text encoder, stand for; empty if they tell nothing."""
     inputs = {
         layer.shape[1]
@@ -104,22 +103,3 @@ def base_of_folder(folder: str | os.PathLike) -> UNetNames | None:
         two_text_encoders=is_xl,
         layers_per_block=layers_per_block,
     )
-
-
-def shapes_of_folder(folder: str | os.PathLike) -> dict[str, dict[str, tuple[int, ...]]]:
-    """{component: {module: weight shape}} of a pipeline's folder, from the headers of its safetensors files.
-
-    Raises:
-        FormatError: if there are no safetensors weights in it.
-    """
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for path in sorted(Path(folder).glob("*/*.safetensors")):
-        component = path.parent.name
-        for key, (_, shape) in read_header(path).items():
-            if key.endswith(".weight") and len(shape) > 1:
-                module = to_file_name(component, key.removesuffix(".weight"))
-                # An embedding's table is stored transposed: (num_embeddings, embedding_dim).
-                shapes.setdefault(component, {})[module] = shape[::-1] if is_embedding(module) else shape
-    if not shapes:
-        raise FormatError(f"{folder}: there are no safetensors weights in its subfolders.")
-    return shapes

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
 
-from ..errors import FormatError
-from ..ops import kron_delta_weight
-from .adapter import Adapter, KronaLayer, balance
-from .diffusekrona import old_diffusers_name
-from .lokr import scalar_alpha
-from .names import UNetNames, from_name, to_file_name, to_kohya_name
-from .pairs import group_by_layer
+from ...errors import FormatError
+from ...ops import kron_delta_weight
+from ..groups import complete
+from ..low_rank import low_rank
+from ..names import to_file_name
+from ..record import AdapterFile, LayerUpdate, balance
+from .format import Factors, Format, Parts, peft_setting, scalar_alpha
 
 # (down, up) endings: kohya's, PEFT's, and those of diffusers' older formats (`.lora.down`, `_lora.down`, ...).
 _DIALECTS = (
@@ -32,41 +32,38 @@ _DIALECTS = (
 )
 
 
-def from_lora(tensors: Mapping[str, torch.Tensor]) -> Adapter:
-    """Read a LoRA file as KronA: exact, with a_out = out, a_in = 1, b_out = 1, b_in = in and r = rank.
-
-    Args:
-        tensors: keys of kohya's, diffusers' or PEFT's kind; convolutions with their kernel in the down half.
-            Without an alpha a layer's scale is 1.
+def _read(name: str, parts: Parts, metadata: Mapping[str, str]) -> Factors:
+    """Exact, with a_out = out, a_in = 1, b_out = 1, b_in = in and r = rank. Without an alpha the scale is 1.
 
     Raises:
         FormatError: names the layer: a half missing, shapes that do not fit, DoRA, a Tucker core, alpha not positive.
     """
-    layers = []
-    for stem, down, up, alpha in _pairs(tensors):
-        component, module = _name(stem)
-        if down.dim() < 2 or down.shape[0] == 0:
-            raise FormatError(f"'{stem}': expected down (rank, in, *kernel), got {tuple(down.shape)}.")
-        rank = down.shape[0]
-        scale = scalar_alpha(stem, alpha, rank) / rank
-        layers.append(KronaLayer(component, module, *as_krona_terms(stem, down, up), scale))
-    return Adapter(tuple(layers), source="lora")
+    down, up = _pair(name, parts)
+    A, B = as_krona_terms(name, down, up)
+    rank = down.shape[0]
+    return Factors(A, B, scalar_alpha(name, parts.get("alpha"), rank) / rank)
 
 
-def _pairs(
-    tensors: Mapping[str, torch.Tensor],
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """(layer, down (rank, in, *kernel), up (out, rank, 1...), alpha) of each layer."""
-    for endings in _DIALECTS:
-        if any(key.endswith(f".{endings[0]}") for key in tensors):
-            break
-    else:
-        endings = _DIALECTS[0]
-    for stem, parts in group_by_layer(tensors, endings, ("alpha", "dora_scale", "lora_mid.weight")).items():
-        for extra in ("dora_scale", "lora_mid.weight"):
-            if extra in parts:
-                raise FormatError(f"'{stem}.{extra}': LoRA with this extra part is no plain low-rank update.")
-        yield stem, parts[endings[0]], parts[endings[1]], parts.get("alpha")
+def _pair(name: str, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+    """down (rank, in, *kernel) and up (out, rank, 1...)."""
+    for extra in ("dora_scale", "lora_mid.weight"):
+        if extra in parts:
+            raise FormatError(f"'{name}.{extra}': LoRA with this extra part is no plain low-rank update.")
+    endings = next((pair for pair in _DIALECTS if not parts.keys().isdisjoint(pair)), _DIALECTS[0])
+    return complete(name, parts, endings)
+
+
+def _read_peft(config: Mapping[str, Any], groups: Mapping[str, Parts]) -> dict[str, Factors]:
+    if config.get("use_dora"):
+        raise FormatError(
+            "adapter_config.json: use_dora is set; DoRA rescales the base weights and is no fixed update."
+        )
+    factors = {}
+    for module, parts in groups.items():
+        A, B = as_krona_terms(module, parts["lora_A.weight"], parts["lora_B.weight"])
+        alpha = peft_setting(config, "lora_alpha", "alpha_pattern", module)
+        factors[module] = Factors(A, B, alpha / (A.shape[0] ** 0.5 if config.get("use_rslora") else A.shape[0]))
+    return factors
 
 
 def as_krona_terms(name: str, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,33 +82,14 @@ def as_krona_terms(name: str, down: torch.Tensor, up: torch.Tensor) -> tuple[tor
     return up.reshape(-1, rank).T.reshape(rank, -1, 1).contiguous(), down[:, None].contiguous()
 
 
-def _name(stem: str) -> tuple[str, str]:
-    return old_diffusers_name(stem) or from_name(stem.removesuffix(".lora").replace(".processor.", "."))
-
-
-def low_rank(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """U (m, rank) and V (rank, n) in float64 with U V = matrix to half a unit of fp32 rounding, rank as small as that
-    allows (but at least 1); the singular values are shared out evenly.
-
-    >>> U, V = low_rank(torch.ones(4, 3))
-    >>> U.shape, V.shape
-    (torch.Size([4, 1]), torch.Size([1, 3]))
-    """
-    U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    tail = S.square().flip(0).cumsum(0).flip(0)  # tail[k]: what is lost with rank k
-    rank = max(1, int((tail > (0.5 * torch.finfo(torch.float32).eps) ** 2 * tail[0]).sum()))
-    root = S[:rank].sqrt()
-    return U[:, :rank] * root, root[:, None] * Vh[:rank]
-
-
-def lora_rank(layer: KronaLayer) -> int:
+def lora_rank(layer: LayerUpdate) -> int:
     """Rank of the exact LoRA of a layer: the sum over its terms of rank(A_n) * rank(B_n), at most min(out, in)."""
     out, n_in = layer.shape[0], prod(layer.shape[1:])
     ranks = (low_rank(layer.A[n])[0].shape[1] * low_rank(layer.B[n].flatten(1))[0].shape[1] for n in range(layer.r))
     return min(sum(ranks), out, n_in)
 
 
-def lora_factors(layer: KronaLayer) -> tuple[torch.Tensor, torch.Tensor]:
+def lora_factors(layer: LayerUpdate) -> tuple[torch.Tensor, torch.Tensor]:
     """up (out, rank) and down (rank, in * prod(kernel)) in float64, with up @ down = dW flattened.
 
     Rank is the sum over the terms of rank(A_n) * rank(B_n). Where that is more than min(out, in * prod(kernel)), one of
@@ -131,30 +109,30 @@ def lora_factors(layer: KronaLayer) -> tuple[torch.Tensor, torch.Tensor]:
     return balance(up * layer.scale, down)
 
 
-def to_lora(adapter: Adapter, base: UNetNames, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
-    """Write as a LoRA file with kohya's names, which every tool reads: exact, closed form.
+def _write(layers: Sequence[LayerUpdate], dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
+    """kohya's dialect, which every tool reads: exact, closed form.
 
     All layers have one alpha, the largest rank, and rank / alpha is folded into the factors: diffusers misreads files
     with an alpha per layer.
-
-    Raises:
-        FormatError: if a component has no name in such files.
     """
-    pairs = [lora_factors(layer) for layer in adapter]
+    pairs = [lora_factors(layer) for layer in layers]
     alpha = max(up.shape[1] for up, _ in pairs)
-    tensors = {}
-    for layer, (up, down) in zip(adapter, pairs, strict=True):
-        name = to_kohya_name(layer.component, layer.module, base)
+    written = []
+    for layer, (up, down) in zip(layers, pairs, strict=True):
         share = (up.shape[1] / alpha) ** 0.5
         up, down = _in_layer_shape(layer, up * share, down * share)
-        tensors[f"{name}.lora_down.weight"] = down.to(dtype)
-        tensors[f"{name}.lora_up.weight"] = up.to(dtype)
-        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
-    return tensors
+        written.append(
+            {
+                "lora_down.weight": down.to(dtype),
+                "lora_up.weight": up.to(dtype),
+                "alpha": torch.tensor(float(alpha)),
+            }
+        )
+    return written
 
 
 def to_lora_peft(
-    adapter: Adapter, dtype: torch.dtype = torch.float16
+    adapter: AdapterFile, dtype: torch.dtype = torch.float16
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Write as a LoRA file with diffusers' names (`transformer.<module>.lora_A.weight`), for Flux, SD3 and the like.
 
@@ -199,18 +177,29 @@ def _lora_config(component: str, ranks: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _in_layer_shape(layer: KronaLayer, up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _in_layer_shape(layer: LayerUpdate, up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A convolution's down gets the kernel, its up a kernel of ones."""
     rank, n_in, kernel = down.shape[0], layer.shape[1], layer.kernel
     return up.reshape(-1, rank, *[1] * len(kernel)), down.reshape(rank, n_in, *kernel)
 
 
-def lora_deltas(
-    tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float64
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(layer name, dW (out, in, *kernel) in `dtype`) for each layer, straight from the file's definition."""
-    for stem, down, up, alpha in _pairs(tensors):
-        rank = down.shape[0]
-        scale = scalar_alpha(stem, alpha, rank) / rank
-        dW = up.to(dtype).reshape(up.shape[0], rank) @ down.to(dtype).reshape(rank, -1) * scale
-        yield stem, dW.reshape(up.shape[0], *down.shape[1:])
+def _delta(name: str, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+    down, up = _pair(name, parts)
+    rank = down.shape[0]
+    scale = scalar_alpha(name, parts.get("alpha"), rank) / rank
+    dW = up.to(dtype).reshape(up.shape[0], rank) @ down.to(dtype).reshape(rank, -1) * scale
+    return dW.reshape(up.shape[0], *down.shape[1:])
+
+
+LORA = Format(
+    name="lora",
+    endings=tuple(ending for pair in _DIALECTS for ending in pair),
+    extras=("lora_mid.weight",),
+    read=_read,
+    write=_write,
+    delta=_delta,
+    kohya_network=("networks.lora", {}),
+    peft_type="LORA",
+    peft_endings=(("lora_A.weight", "lora_B.weight"), ()),
+    read_peft=_read_peft,
+)

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from ..errors import FormatError, MergeError
-from .adapter import Adapter, shapes_of_models
-from .files import new_folder, read_header
 from .names import to_module_name
+from .record import AdapterFile
+from .safetensors_io import new_folder, read_header
+from .shapes import shapes_of_models
 
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def merge_into_models(models: dict[str, nn.Module], adapter: Adapter) -> None:
+def merge_into_models(models: dict[str, nn.Module], adapter: AdapterFile) -> None:
     """Add every dW to the weights of `models` ({component: model}), in float32 at least, rounded once.
 
     Raises:
@@ -36,7 +37,7 @@ def merge_into_models(models: dict[str, nn.Module], adapter: Adapter) -> None:
 
 
 def merge_pipeline(
-    folder: str | os.PathLike, adapter: Adapter, out: str | os.PathLike, dtype: torch.dtype | None = None
+    folder: str | os.PathLike, adapter: AdapterFile, out: str | os.PathLike, dtype: torch.dtype | None = None
 ) -> Path:
     """Write a copy of a diffusers pipeline with the adapter merged in. The copy needs nothing of this package.
 
@@ -70,7 +71,7 @@ def _check_finite(components: dict[str, nn.Module]) -> None:
             if not torch.isfinite(weight).all():
                 raise MergeError(
                     f"{component}.{name}: the merged weight is NaN or infinite in {weight.dtype}; expected finite "
-                    "numbers. Nothing was written. Use a smaller --scale, or --dtype fp32."
+                    "numbers. Nothing was written. Use a smaller scale (AdapterFile.scaled), or dtype=torch.float32."
                 )
 
 

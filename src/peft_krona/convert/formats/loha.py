@@ -7,22 +7,20 @@ of B, so A and B are each spread to the size of dW. Spreading repeats rows and c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from math import prod
 
 import torch
 
-from ..errors import FormatError
-from .adapter import Adapter, KronaLayer
-from .lokr import scalar_alpha
-from .lora import low_rank
-from .names import UNetNames, to_kohya_name
-from .pairs import group_by_layer
+from ...errors import FormatError
+from ..low_rank import low_rank
+from ..record import LayerUpdate
+from .format import Format, Parts, scalar_alpha
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
-def loha_factors(layer: KronaLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def loha_factors(layer: LayerUpdate) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """w1_a (out, R), w1_b (R, in * prod(kernel)), w2_a and w2_b likewise, in float64; R = max(rank A, rank B).
 
     Raises:
@@ -31,7 +29,7 @@ def loha_factors(layer: KronaLayer) -> tuple[torch.Tensor, torch.Tensor, torch.T
     if layer.r > 1:
         raise FormatError(
             f"{layer.name} has r={layer.r} terms, whose sum is no elementwise product of two low-rank matrices. "
-            "Use --to lora, --to diff, or --split-terms (one file a term, loaded together)."
+            "Use to='lora', to='diff', or split_terms=True (one file a term, loaded together)."
         )
     A, B = (factor[0] for factor in layer.balanced())
     (a_out, _), (b_out, b_in) = A.shape, B.shape[:2]
@@ -57,26 +55,28 @@ def _padded(matrix: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
     return torch.nn.functional.pad(matrix, (0, missing, 0, 0) if dim == 1 else (0, 0, 0, missing))
 
 
-def to_loha(adapter: Adapter, base: UNetNames, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
-    """Write as a LoHa file: exact for one term a layer in either layout, rank max(rank A, rank B), alpha = rank.
-
-    Raises:
-        FormatError: names the layer with more than one term, and the formats that can hold it.
-    """
-    tensors = {}
-    for layer in adapter:
-        name = to_kohya_name(layer.component, layer.module, base)
+def _write(layers: Sequence[LayerUpdate], dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
+    """Exact for one term a layer in either layout, rank max(rank A, rank B), alpha = rank."""
+    written = []
+    for layer in layers:
         factors = loha_factors(layer)
-        tensors |= {f"{name}.{ending}": factor.to(dtype) for ending, factor in zip(_FACTORS, factors, strict=True)}
-        tensors[f"{name}.alpha"] = torch.tensor(float(factors[0].shape[1]))
-    return tensors
+        parts = {ending: factor.to(dtype) for ending, factor in zip(_FACTORS, factors, strict=True)}
+        written.append({**parts, "alpha": torch.tensor(float(factors[0].shape[1]))})
+    return written
 
 
-def loha_deltas(
-    tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float64
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(layer name, dW (out, in * prod(kernel)) in `dtype`) for each layer, straight from the file's definition."""
-    for name, parts in group_by_layer(tensors, _FACTORS, ("alpha",)).items():
-        w1_a, w1_b, w2_a, w2_b = (parts[ending].to(dtype) for ending in _FACTORS)
-        rank = w1_b.shape[0]
-        yield name, (w1_a @ w1_b) * (w2_a @ w2_b) * (scalar_alpha(name, parts.get("alpha"), rank) / rank)
+def _delta(name: str, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+    w1_a, w1_b, w2_a, w2_b = (parts[ending].to(dtype) for ending in _FACTORS)
+    rank = w1_b.shape[0]
+    return (w1_a @ w1_b) * (w2_a @ w2_b) * (scalar_alpha(name, parts.get("alpha"), rank) / rank)
+
+
+LOHA = Format(
+    name="loha",
+    endings=_FACTORS,
+    refuses="in general is no sum of few Kronecker products. Use nearest_kronecker (or `extract` on two checkpoints) "
+    "for the best approximation of given factor sizes",
+    write=_write,
+    delta=_delta,
+    kohya_network=("lycoris.kohya", {"algo": "loha"}),
+)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Format`: all that this package knows of one file format, as one record."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from peft.utils.other import get_pattern_key
+
+from ...errors import FormatError
+from ..record import LayerUpdate
+
+Parts = Mapping[str, torch.Tensor]  # one layer's tensors: {ending of the key: tensor}
+SHARED_ENDINGS = ("alpha", "dora_scale")  # of several formats
+
+
+class Factors(NamedTuple):
+    """dW = scale * layout(sum_n A[n] (x) B[n]): A (r, a_out, a_in), B (r, b_out, b_in, *kernel)."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float = 1.0
+    layout: str = "kron"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One file format. Reading and export loop over `formats.FORMATS`, which holds one record for each.
+
+    Attributes:
+        name: in messages, and as `to` of `export`.
+        endings: of the keys by which a layer is recognised: `<layer>.<ending>`.
+        extras: endings that a layer of this format may have besides; `SHARED_ENDINGS` it always may.
+        read: (layer's name in the file, its parts, the file's metadata) -> its factors, exactly.
+        refuses: why a file of this format is not read, and what to do, where there is no `read`.
+        claims: ({layer: parts} of a whole file) -> whether its layers with these endings are of this format. Needed
+            where two formats share endings: it is asked in the order of `FORMATS`.
+        check: what does not fit together in a file's layers raises here.
+        write: (layers, dtype) -> the parts of each. dtype: of the weights.
+        delta: (layer's name in the file, its parts, dtype) -> dW, straight from the format's definition. Its shape is
+            (out, in, *kernel) or (out, in * prod(kernel)).
+        kohya_network: `ss_network_module` and `ss_network_args` of such files.
+        notes: (layers) -> what the user of a written file should know.
+        peft_type: of PEFT's configs for this format; `read_peft`: (config, {module: parts}) -> {module: factors}.
+        peft_endings: (required, optional) endings of the keys in PEFT's files.
+    """
+
+    name: str
+    endings: tuple[str, ...]
+    extras: tuple[str, ...] = ()
+    read: Callable[[str, Parts, Mapping[str, str]], Factors] | None = None
+    refuses: str = ""
+    claims: Callable[[Mapping[str, Parts]], bool] | None = None
+    check: Callable[[Sequence[LayerUpdate]], None] | None = None
+    write: Callable[[Sequence[LayerUpdate], torch.dtype], list[dict[str, torch.Tensor]]] | None = None
+    delta: Callable[[str, Parts, torch.dtype], torch.Tensor] | None = None
+    kohya_network: tuple[str, dict[str, str]] = ("", {})
+    notes: Callable[[Sequence[LayerUpdate]], tuple[str, ...]] | None = None
+    peft_type: str = ""
+    peft_endings: tuple[tuple[str, ...], tuple[str, ...]] = field(default=((), ()))
+    read_peft: Callable[[Mapping[str, Any], Mapping[str, Parts]], dict[str, Factors]] | None = None
+
+
+def scalar_alpha(name: str, alpha: torch.Tensor | None, rank: int) -> float:
+    """The value of an `.alpha` tensor; the rank where there is none, as every reader has it.
+
+    Raises:
+        FormatError: if it is not one positive number.
+    """
+    if alpha is None:
+        return float(rank)
+    if alpha.numel() != 1 or not float(alpha) > 0:
+        raise FormatError(f"'{name}.alpha' should be one positive number, got {alpha.tolist()}.")
+    return float(alpha)
+
+
+def network_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """`ss_network_args`, which kohya's tools and LyCORIS store as JSON; {} if there are none.
+
+    Raises:
+        FormatError: if they cannot be read.
+    """
+    try:
+        arguments = json.loads(metadata.get("ss_network_args", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"The metadata's ss_network_args cannot be read, and with it the scale: {error}.") from error
+    return arguments if isinstance(arguments, dict) else {}
+
+
+def peft_setting(config: Mapping[str, Any], name: str, pattern_name: str, module: str) -> float:
+    """A layer's alpha or rank: the pattern's where a key of it matches, as PEFT matches it, else the config's.
+
+    Raises:
+        FormatError: if it is no positive number, or the pattern no table of valid expressions.
+    """
+    pattern = config.get(pattern_name) or {}
+    if not isinstance(pattern, dict):
+        raise FormatError(f"adapter_config.json: {pattern_name} is {pattern!r}; expected a table of layers.")
+    try:
+        value = pattern.get(get_pattern_key(list(pattern), module), config.get(name))
+    except re.error as error:
+        raise FormatError(f"adapter_config.json: {pattern_name} has a key that is no valid regex: {error}.") from error
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise FormatError(f"{module}: the config's {name} is {value!r}; expected a positive number.")
+    return value
