@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from offline import ARCHITECTURES, SHAPES, NoDevice, compile_offline
+from rounding import assert_rounded, judge
 from test_ops import LAYOUTS, ORDERS, make, reference_grads
 from torch import nn
 
@@ -135,7 +136,8 @@ def test_strided_rows_of_x_and_base(order):
         got = kron_linear(strided_x, A, B, base=strided_base, order=order, backend="triton")
         assert torch.equal(got, want)
     expanded = kron_linear(x[:1].expand(6, -1), A, B, order=order, backend="triton")
-    torch.testing.assert_close(expanded, kron_linear(x[:1], A, B, order=order, backend="torch").expand(6, -1))
+    row = [sizes.expand(6, -1) for (sizes,) in judge(lambda x, A, B: kron_linear(x, A, B), x[:1], A, B)]
+    assert_rounded(expanded, *row, terms=2 * (3 + 5))  # r (a_in + b_in)
 
 
 @runs_kernels
@@ -150,8 +152,8 @@ def test_offsets_beyond_32_bits(order, tmp_path):
         storage = torch.empty(2 * apart + n_in, device=DEVICE)
     x = storage.as_strided((3, n_in), (apart, 1))
     x.copy_(torch.randn(3, n_in))
-    want = kron_linear(x.contiguous(), A, B, order=order, backend="torch")
-    torch.testing.assert_close(kron_linear(x, A, B, order=order, backend="triton"), want)
+    y = kron_linear(x, A, B, order=order, backend="triton")
+    assert_rounded([y], *judge(kron_linear, x.contiguous(), A, B), terms=3 + 5)
 
 
 @runs_kernels
@@ -203,12 +205,14 @@ def test_many_programs_repeat_their_bits(sizes, order):
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (1, 2)], ids=["x", "A", "B", "A and B"])
 def test_only_some_gradients(needed):
     tensors = on_device(make((9,), 1, 4, 3, 2, 5)[:3], torch.float32)
-    grads = {}
-    for name in ("triton", "torch"):
-        leaves = [t.detach().clone().requires_grad_(i in needed) for i, t in enumerate(tensors)]
-        y = kron_linear(*leaves, backend=name)
-        grads[name] = torch.autograd.grad(y.square().sum(), [leaves[i] for i in needed])
-    torch.testing.assert_close(grads["triton"], grads["torch"])
+
+    def gradients(*leaves, backend="torch"):
+        leaves = [t.detach().clone().requires_grad_(i in needed) for i, t in enumerate(leaves)]
+        y = kron_linear(*leaves, backend=backend)
+        return torch.autograd.grad(y.square().sum(), [leaves[i] for i in needed])
+
+    forward, backward = 3 + 5, 9 * 5 + 4 * 2 + 1  # dA and dB sum over tokens, dx over the outputs; and 2 y
+    assert_rounded(gradients(*tensors, backend="triton"), *judge(gradients, *tensors), terms=forward + backward)
 
 
 @runs_kernels
@@ -217,14 +221,18 @@ def test_the_eager_node_is_the_op(order):
     """Scaling is part of the node, and dA and dB come in the factors' dtype."""
     x, A, B, base = on_device(make((9,), 2, 4, 3, 2, 5), torch.float32)
     leaves = [x.requires_grad_(), A.double().requires_grad_(), B.double().requires_grad_(), base.requires_grad_()]
-    plan = Plan.of(A, B, "kron", order)
-    eager = fused_add(*leaves[:3], 0.3, leaves[3], None, None, plan)
-    op, _ = fused(x, leaves[1] * 0.3, leaves[2], leaves[3], None, None, "kron", order)
-    torch.testing.assert_close(eager, op, rtol=1e-6, atol=1e-6)  # s A is rounded to fp32 once or twice
-    dy = torch.randn_like(op)
-    for got, want in zip(torch.autograd.grad(eager, leaves, dy), torch.autograd.grad(op, leaves, dy), strict=True):
-        assert got.dtype == want.dtype
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    plan, dy = Plan.of(A, B, "kron", order), torch.randn_like(base)
+
+    def outcome(y, *leaves, dy=dy):
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    eager = outcome(fused_add(*leaves[:3], 0.3, leaves[3], None, None, plan), *leaves)
+    op = outcome(fused(x, leaves[1] * 0.3, leaves[2], leaves[3], None, None, "kron", order)[0], *leaves)
+    judged = judge(lambda *t: outcome(kron_linear(*t[:3], scale=0.3, base=t[3]), *t[:4], dy=t[4]), *leaves, dy)
+    terms = 2 * max(3 + 5, 4 + 2, 9 * 5, 9 * 3) + 4  # s A, the casts of both factors, the base
+    for results in (eager, op):
+        assert [t.dtype for t in results[1:]] == [t.dtype for t in leaves]
+        assert_rounded(results, *judged, terms, dtype=torch.float32)
 
 
 @runs_kernels
@@ -236,20 +244,23 @@ def test_more_dimensions_and_changes_in_place(strided, into):
     if strided:
         x, base = torch.cat([x, x], 2)[..., : x.shape[2]], torch.cat([base, base], 2)[..., : base.shape[2]]
     W, b = torch.randn(8, 18, device=DEVICE), torch.randn(8, device=DEVICE)
-    leaves, results = [t.requires_grad_() for t in (x, A, B)], {}
+    inputs = (*(t.requires_grad_() for t in (x, A, B)), base, W, b)
 
-    def op(name):
+    def op(x, A, B, base, W, b, name):
         if into.startswith("linear"):
             return linear_kron_linear(x, W, b if into == "linear with bias" else None, A, B, backend=name)
         return kron_linear(x, A, B, base=base if into == "base" else None, backend=name)
 
-    for name in ("triton", "torch"):
-        y = op(name)
+    def gradients(*inputs, name="torch"):
+        y = op(*inputs, name)
+        assert y.shape == (2, 5, 8)
         with torch.no_grad():
-            assert torch.equal(op(name), y)
-        results[name] = torch.autograd.grad(y.relu_().square().sum(), leaves)
-    assert y.shape == (2, 5, 8)
-    torch.testing.assert_close(results["triton"], results["torch"], rtol=1e-5, atol=1e-4)
+            assert torch.equal(op(*inputs, name), y)
+        return torch.autograd.grad(y.relu_().square().sum(), inputs[:3])
+
+    judged = judge(gradients, *inputs)
+    for name in ("triton", "torch"):
+        assert_rounded(gradients(*inputs, name=name), *judged, terms=18 + 3 + 6 + 2 + 10 * 6 + 8)
 
 
 @runs_kernels
@@ -259,15 +270,19 @@ def test_factors_of_other_dtypes_and_strides(order, dtypes):
     """They are rounded to x's dtype, and gradients come in theirs."""
     x, A, B, base = on_device(make((9,), 2, 4, 3, 2, 5), torch.float32)
     A, B = A.to(dtypes[0]).mT.contiguous().mT, B.to(dtypes[1]).mT.contiguous().mT
-    dy, results = torch.randn_like(base), {}
-    for name in ("triton", "torch"):
+
+    def outcome(x, A, B, base, dy, name="torch"):
         leaves = [t.detach().requires_grad_() for t in (x, A, B)]
         y = kron_linear(*leaves, scale=0.3, base=base, order=order, backend=name)
-        results[name] = (y, *torch.autograd.grad(y, leaves, dy))
-    for got, want in zip(*results.values(), strict=True):
-        assert got.dtype == want.dtype
-        eps = torch.finfo(got.dtype).eps
-        torch.testing.assert_close(got, want, rtol=max(2 * eps, 1e-6), atol=1e-5)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    inputs = (x, A, B, base, torch.randn_like(base))
+    got_dtypes = [t.dtype for t in outcome(*inputs, name="triton")]
+    assert got_dtypes == [t.dtype for t in (x, x, A, B)]
+    for got, want, size in zip(outcome(*inputs, name="triton"), *judge(outcome, *inputs), strict=True):
+        terms, eps = 2 * max(3 + 5, 4 + 2, 9 * 5, 9 * 3) + 5, torch.finfo(got.dtype).eps
+        cast = eps / torch.finfo(torch.float32).eps if got.dtype.itemsize == 2 else 0  # of a gradient to its dtype
+        assert_rounded(got, want, size, terms + cast, dtype=torch.float32)
 
 
 @runs_kernels
@@ -303,18 +318,24 @@ def test_torch_compile_keeps_the_kernels_as_single_nodes(compiler, monkeypatch):
     leaves = [t.requires_grad_() for t in (x, A, B)]
     frozen = nn.Linear(15, 8, device=DEVICE).requires_grad_(False)
 
-    def function(x, A, B):
-        y = linear_kron_linear(x, frozen.weight, frozen.bias, A, B, scale=0.5)
-        return kron_linear(x, A, B, base=y.relu()).square().sum()
+    def function(x, A, B, weight=frozen.weight, bias=frozen.bias, **backend):
+        y = linear_kron_linear(x, weight, bias, A, B, scale=0.5, **backend)
+        return kron_linear(x, A, B, base=y.relu(), **backend).square().sum()
+
+    def outcome(x, A, B, weight, bias):
+        y = function(x, A, B, weight, bias, backend="torch")
+        return y, *torch.autograd.grad(y, (x, A, B))
 
     explained = torch._dynamo.explain(function)(*leaves)
     assert explained.graph_break_count == 0
     calls = [str(node.target) for node in explained.graphs[0].graph.nodes]
     assert sum("peft_krona.fused" in call for call in calls) == 2
     compiled = torch.compile(function, fullgraph=True, backend=compiler)
-    torch.testing.assert_close(compiled(*leaves), function(*leaves))
-    got = torch.autograd.grad(compiled(*leaves), leaves)
-    torch.testing.assert_close(got, torch.autograd.grad(function(*leaves), leaves))
+    judged = judge(outcome, *leaves, frozen.weight, frozen.bias)
+    for called in (compiled, function):
+        y = called(*leaves)
+        terms = 15 + 3 + 5 + 4 + 9 * 8 + 9 * 5 + 9  # forward, the sum of squares, backward
+        assert_rounded((y, *torch.autograd.grad(y, leaves)), *judged, terms)
 
 
 @runs_kernels
@@ -330,8 +351,8 @@ def test_a_change_of_scale_does_not_compile_anew():
 
     compiled = torch.compile(lambda x: kron_linear(x, A, B, scale=scale["s"], backend="triton"), backend=counter)
     for scale["s"] in (0.1, 0.3, 0.5, 0.7, 0.9):
-        want = kron_linear(x, A, B, scale=scale["s"], backend="triton")
-        torch.testing.assert_close(compiled(x), want)
+        judged = judge(lambda x, A, B: kron_linear(x, A, B, scale=scale["s"], backend="torch"), x, A, B)
+        assert_rounded([compiled(x)], *judged, terms=3 + 5 + 1)
     assert len(graphs) <= 2
 
 
@@ -343,23 +364,26 @@ def test_a_model_trains_the_same_on_both_backends(monkeypatch):
     from peft_krona import KronAConfig
 
     losses = {}
-    for name in ("torch", "triton"):
-        monkeypatch.setattr(backend, "DEFAULT", name)
+    for name in ("float64", "torch", "triton"):
+        monkeypatch.setattr(backend, "DEFAULT", "triton" if name == "triton" else "torch")
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(640, 1280), nn.GELU(), nn.Linear(1280, 640)).cuda()
         model = get_peft_model(model, KronAConfig(target_modules=["0", "2"]))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         x, target = torch.randn(256, 640, device="cuda"), torch.randn(256, 640, device="cuda")
+        if name == "float64":
+            model, x, target = model.double(), x.double(), target.double()
         losses[name] = []
         for _ in range(20):
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = F.mse_loss(model(x).float(), target)
+            with torch.autocast("cuda", torch.bfloat16, enabled=name != "float64"):
+                loss = F.mse_loss(model(x).to(target.dtype), target)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses[name].append(loss.item())
     assert losses["triton"][-1] < 0.99 * losses["triton"][0]
-    torch.testing.assert_close(losses["triton"], losses["torch"], rtol=5e-3, atol=0)
+    off = {name: max(abs(a - b) for a, b in zip(losses[name], losses["float64"], strict=True)) for name in losses}
+    assert off["triton"] <= 2 * off["torch"] + torch.finfo(torch.bfloat16).eps * losses["float64"][0], off
 
 
 # -- without a GPU --------------------------------------------------------------------------------------------------
