@@ -141,7 +141,9 @@ def make_layer(name: str, dtype: torch.dtype, layout: str = "kron", **kwargs):
         torch.nn.init.normal_(parameter, std=0.5)
     kwargs = {"a_out": a_out, "a_in": a_in, "r": r, "layout": layout, "alpha": 0.7, **kwargs}
     model, layer = adapt(copy.deepcopy(base), **kwargs)
-    assert layer.factors("default") == (a_out, a_in), "the table asks for factors that do not divide"
+    assert layer.factors(kwargs.get("adapter_name", "default")) == (a_out, a_in), (
+        "the table asks for factors that do not divide"
+    )
     for parameter in (*layer.krona_A.values(), *layer.krona_B.values()):
         torch.nn.init.normal_(parameter, std=0.5)
     x = torch.randint(0, shape[1], shape[0]) if isinstance(shape[0], tuple) else torch.randn(shape).to(dtype)
@@ -151,6 +153,14 @@ def make_layer(name: str, dtype: torch.dtype, layout: str = "kron", **kwargs):
 def delta_in_base_shape(base: nn.Module, delta: torch.Tensor) -> torch.Tensor:
     """dW (out, in, ...) as the base layer stores its weight."""
     return delta.T if isinstance(base, (Conv1D, nn.Embedding)) else delta
+
+
+def assert_rounded_once(got: torch.Tensor, exact: torch.Tensor, base: torch.Tensor) -> None:
+    """`got` is the float64 sum `exact` over the weight `base`, computed in fp32 (fp64), rounded once to its dtype."""
+    fine = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32).eps
+    info = torch.finfo(got.dtype)
+    allowed = exact.abs() * info.eps / 2 + 4 * fine * (exact.abs() + base.double().abs() + 1)
+    assert ((got.double() - exact).abs() <= allowed.clamp(min=info.smallest_normal * info.eps)).all()
 
 
 def factor_gradients(G: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, layout: str):

@@ -10,6 +10,7 @@ from adapted import (
     LAYERS,
     adapt,
     adapted_mlp,
+    assert_rounded_once,
     assert_same_bits,
     config,
     delta_in_base_shape,
@@ -59,11 +60,7 @@ def test_merged_weight_is_rounded_once_and_restored_bit_for_bit(name, layout, dt
     model.merge_adapter()
     got = layer.get_base_layer().weight
     assert got.dtype == dtype and got.is_contiguous()
-    # one rounding to the dtype, and the fp32 (fp64) arithmetic behind it
-    fine = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    allowed = exact.abs() * torch.finfo(dtype).eps / 2 + 4 * fine * (exact.abs() + base.weight.double().abs() + 1)
-    allowed = allowed.clamp(min=torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
-    assert ((got.double() - exact).abs() <= allowed).all()
+    assert_rounded_once(got, exact, base.weight)
     if dtype in (torch.float32, torch.float64):
         torch.testing.assert_close(model(x), unmerged)
     model.unmerge_adapter()

@@ -125,6 +125,20 @@ def test_another_tuner_merged_in_between_warns_and_subtracts():
     torch.testing.assert_close(layer.get_base_layer().weight, mlp().lin1.weight)
 
 
+def test_what_was_merged_is_subtracted_whatever_the_adapter_is_now():
+    model = mixed("lora", krona_first=False)
+    layer = model.base_model.model.lin1
+    layer.merge()
+    layer.base_layer.merge()  # LoRA, inside
+    layer.set_scale("krona", 5.0)
+    torch.nn.init.normal_(layer.krona_A["krona"])
+    with pytest.warns(RuntimeWarning, match=r"was changed by something else"):
+        layer.unmerge()
+    layer.base_layer.unmerge()
+    error = (layer.get_base_layer().weight - mlp().lin1.weight).abs().max()
+    assert error <= 8 * torch.finfo(torch.float32).eps * (1 + layer.base_layer.get_delta_weight("other").abs().max())
+
+
 def test_krona_inside_another_tuner_restores_exactly_when_unmerged_in_reverse():
     model = mixed("lora", krona_first=True)
     outer = model.base_model.model.lin1

@@ -113,6 +113,23 @@ def test_merged_context_and_several_adapters(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_second_merge_adds_to_what_was_merged(kind):
+    _, model, layer, x = make(kind)
+    model.add_adapter("other", config("0", a_out=4, a_in=4))
+    model(x)
+    before = state(layer)
+    with peft_krona.merged(model, adapter_names=["default", "other"]):
+        joint = layer.get_base_weight().clone()
+    layer.merge(adapter_names=["default"])
+    layer.set_scale("default", 9.0)
+    layer.delete_adapter("default")
+    layer.merge(adapter_names=["other"])
+    assert torch.equal(layer.get_base_weight(), joint)
+    layer.unmerge()
+    assert_same(before, state(layer))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_disabling_while_merged(kind):
     base, model, layer, x = make(kind)
     model(x)

@@ -17,8 +17,8 @@ from .layers import KronALayer
 def merged(model: nn.Module, adapter_names: list[str] | None = None, safe_merge: bool = False) -> Iterator[nn.Module]:
     """Merge the KronA adapters of a model for the length of a `with` block and restore it exactly afterwards.
 
-    Works on a `PeftModel` and on any model that KronA was injected into (a diffusers UNet, say). Layers that are merged
-    already stay so. Costs one copy of every adapted weight, on its device, inside the block.
+    Works on a `PeftModel` and on any model that KronA was injected into (a diffusers UNet, say). Adapters that are
+    merged already stay merged. Costs one copy of every adapted weight, on its device, inside the block.
 
     Args:
         model: the model, or any part of it.
@@ -26,7 +26,8 @@ def merged(model: nn.Module, adapter_names: list[str] | None = None, safe_merge:
         safe_merge: check every merged weight for NaN and infinity before any weight is changed.
 
     Raises:
-        MergeError: if the model has no KronA layers.
+        MergeError: if the model has no KronA layers, or no adapter of one of these names.
+        TypeError: if `adapter_names` is a string.
 
     >>> import torch, peft_krona
     >>> from peft import get_peft_model
@@ -45,18 +46,27 @@ def merged(model: nn.Module, adapter_names: list[str] | None = None, safe_merge:
             f"merged() found no KronA layer in {type(model).__name__}. Add an adapter first, e.g. with "
             "get_peft_model(model, KronAConfig(...)) or model.add_adapter(KronAConfig(...))."
         )
-    layers = [layer for layer in layers if not layer.merged]
+    if isinstance(adapter_names, str):
+        raise TypeError(f"merged(): adapter_names should be a list of strings, got {adapter_names!r}.")
+    known = {name for layer in layers for name in layer.krona_A}
+    unknown = [name for name in adapter_names or [] if name not in known]
+    if unknown:
+        raise MergeError(f"merged(): there is no KronA adapter {unknown} in this model; it has {sorted(known)}.")
     if safe_merge:
         for layer in layers:
             with onload_layer(layer):
                 layer.check_merge(adapter_names, check_finite=True)
+    before = [(layer, len(layer.merged_adapters)) for layer in layers]
     try:
         for layer in layers:
-            with onload_layer(layer):
-                layer.merge(adapter_names=adapter_names)
+            wanted = layer.active_adapters if adapter_names is None else adapter_names
+            new = [name for name in wanted if name not in layer.merged_adapters]
+            if new:
+                with onload_layer(layer):
+                    layer.merge(adapter_names=new)
         yield model
     finally:
-        for layer in reversed(layers):  # two layers may share a weight
-            if layer.merged:
+        for layer, count in reversed(before):  # two layers may share a weight
+            if len(layer.merged_adapters) > count:
                 with onload_layer(layer):
-                    layer.unmerge()
+                    layer.unmerge(keep=count)

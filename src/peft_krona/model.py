@@ -139,6 +139,13 @@ class KronAModel(BaseTuner):
         self._check_all_mergeable(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
+    def unmerge_adapter(self) -> None:
+        """Restore all base weights, in the reverse order of merging, as two layers may share a weight."""
+        for module in reversed(list(self.model.modules())):
+            if isinstance(module, BaseTunerLayer):
+                with onload_layer(module):
+                    module.unmerge()
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,

@@ -17,8 +17,7 @@ from .._compat import is_offloaded
 from ..config import Init, KronAConfig, scaling_factor
 from ..errors import MergeError
 from ..factors import Layout, choose_factors
-from ..ops import kron_delta_weight
-from .base_weight import BaseWeightSnapshot, dequantized, subtract_with_warning
+from .base_weight import BaseWeightSnapshot, Share, dequantized, is_float8, subtract_with_warning
 from .offload import onloaded
 
 
@@ -70,6 +69,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True
         self._snapshot: BaseWeightSnapshot | None = None
+        self._shares: list[Share] = []  # what was merged, in the order of `merged_adapters`
 
         base = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base, **kwargs.pop("quantization_kwargs", {}))
@@ -103,7 +103,13 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
         Raises:
             FactorError: with config.strict_factors, if a factor does not divide this layer's size.
+            MergeError: if an adapter of that name is merged into this layer.
         """
+        if adapter_name in self.merged_adapters:
+            raise MergeError(
+                f"Cannot add adapter {adapter_name!r} to '{name}': an adapter of that name is merged into its base "
+                "weight. Unmerge it first (unmerge_adapter(), or unfuse_lora() in diffusers), or choose another name."
+            )
         n_out, n_in = self.out_features, self.in_features
         r, alpha, factors = config.for_layer(name)
         a_out, a_in = choose_factors(n_out, n_in, *factors, strict=config.strict_factors, layer=name)
@@ -120,6 +126,12 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        # PEFT creates and moves factors to what this says. Weights that are only stored as 8-bit floats are computed
+        # with in another dtype; factors would lose nearly all their digits there, so they keep their own.
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return device, None if dtype is not None and is_float8(dtype) else dtype
 
     def factors(self, adapter_name: str) -> tuple[int, int]:
         """(a_out, a_in) of an adapter on this layer."""
@@ -171,29 +183,37 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
         Merging adds the unrounded fp32 product.
         """
-        return self._delta_weight(adapter_name).to(self.krona_A[adapter_name].dtype)
+        delta = self._in_base_shape(self._share(adapter_name).delta_weight())
+        return delta.to(self.krona_A[adapter_name].dtype)
 
-    def _delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """dW in fp32 (fp64 for fp64 factors)."""
-        A, B = self.krona_A[adapter_name], self.krona_B[adapter_name]
-        return kron_delta_weight(A, B, scale=self.scaling[adapter_name], layout=self.layout[adapter_name])
+    def _share(self, name: str) -> Share:
+        return Share(name, self.krona_A[name], self.krona_B[name], self.scaling[name], self.layout[name])
 
-    def _merged_weight(self, original: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
-        """original + the sum of the adapters' dW, added and rounded once."""
-        delta = self._summed_delta(adapter_names).to(original.device)
-        return (original.to(torch.promote_types(original.dtype, delta.dtype)) + delta).to(original.dtype)
+    def _in_base_shape(self, delta: torch.Tensor) -> torch.Tensor:
+        """dW (out, in, *kernel) as the base layer stores its weight, contiguous."""
+        return delta
 
-    def _summed_delta(self, adapter_names: Sequence[str]) -> torch.Tensor:
-        delta, *others = (self._delta_weight(name) for name in adapter_names)
+    def _summed_delta(self, shares: Sequence[Share], device: torch.device) -> torch.Tensor:
+        delta, *others = (self._in_base_shape(share.delta_weight()).to(device) for share in shares)
         for other in others:
             delta = delta + other
         return delta
+
+    def _weight_with(self, shares: Sequence[Share]) -> torch.Tensor:
+        """What the base weight becomes when `shares` are merged too: one sum over the original, rounded once."""
+        if self._snapshot is not None and self._snapshot.untouched():
+            return self._sum(self._snapshot.original(self), [*self._shares, *shares])
+        return self._sum(self.get_base_weight(), shares)  # nothing is merged, or something else changed it since
+
+    def _sum(self, weight: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
+        delta = self._summed_delta(shares, weight.device)
+        return (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
 
     def check_merge(self, adapter_names: list[str] | None = None, *, check_finite: bool = False) -> None:
         """Raise what `merge` would raise, without changing anything.
 
         Raises:
-            MergeError: if the base is quantized in a way that cannot be written back.
+            MergeError: if the base is quantized in a way that cannot be written back, or stored as 8-bit floats.
             ValueError: (PEFT's message) with `check_finite`, if the merged weight has NaN or infinite values.
         """
         backend = self.quantization_backend
@@ -202,18 +222,25 @@ class KronALayer(nn.Module, BaseTunerLayer):
                 f"Cannot merge into a {backend.backend_name} layer: its weight cannot be dequantized and written back. "
                 "Use the adapter unmerged, or load the base model unquantized and merge into that."
             )
+        dtype = getattr(getattr(self.get_base_layer(), "weight", None), "dtype", None)
+        if backend is None and dtype is not None and is_float8(dtype):
+            raise MergeError(
+                f"Cannot merge into a weight that is stored as {dtype}: rounding to it would lose most of the update. "
+                "Use the adapter unmerged, or merge before the weights are cast (before enable_layerwise_casting)."
+            )
         if check_finite:
             wanted = self.active_adapters if adapter_names is None else adapter_names
             names = [name for name in wanted if name in self.krona_A and name not in self.merged_adapters]
             for count, name in enumerate(names, start=1):
-                if not torch.isfinite(self._merged_weight(self.get_base_weight(), names[:count])).all():
+                if not torch.isfinite(self._weight_with([self._share(n) for n in names[:count]])).all():
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base weight; `unmerge` restores it bit for bit.
 
         All merged adapters are summed in fp32 (fp64 for fp64) and added to the original weight once. While anything is
-        merged, the original weight is kept on its device: one extra copy of every merged layer's weight.
+        merged, the original weight is kept on its device (one extra copy of every merged layer's weight), and a copy
+        of the merged factors: what happens to an adapter afterwards does not change what was merged of it.
 
         Args:
             safe_merge: refuse a result with NaN or infinite values, before the base weight is touched.
@@ -222,43 +249,57 @@ class KronALayer(nn.Module, BaseTunerLayer):
         Raises:
             MergeError, ValueError: see `check_merge`.
         """
+        self._forget_if_reloaded()
         adapter_names = check_adapters_to_merge(self, adapter_names)
         adapter_names = [name for name in adapter_names if name in self.krona_A]
         if not adapter_names:
             return
         self.check_merge(adapter_names, check_finite=safe_merge)
         with _tensors_as(self.get_base_layer()):
-            self._merge(adapter_names)
-
-    def _merge(self, adapter_names: list[str]) -> None:
-        snapshot = self._snapshot
-        if snapshot is None or not snapshot.untouched():
-            if snapshot is not None:  # merged before, and changed by something else since: add to what is there
-                weight = self._merged_weight(self.get_base_weight(), adapter_names)
-                self.set_base_weight(weight)
-                self.merged_adapters.extend(adapter_names)
-                return
-            snapshot = BaseWeightSnapshot(self)
-        weight = self._merged_weight(snapshot.original(self), [*self.merged_adapters, *adapter_names])
-        self.set_base_weight(weight)
-        snapshot.seal()
+            shares = [self._share(name).kept() for name in adapter_names]
+            weight = self._weight_with(shares)
+            snapshot = self._snapshot or BaseWeightSnapshot(self)
+            known = self._snapshot is None or snapshot.untouched()
+            self.set_base_weight(weight)
+            if known:
+                snapshot.seal()
         self._snapshot = snapshot
+        self._shares.extend(shares)
         self.merged_adapters.extend(adapter_names)
 
-    def unmerge(self) -> None:
-        """Restore the base weight to what it was before the first merge, bit for bit."""
+    def unmerge(self, keep: int = 0) -> None:
+        """Restore the base weight to what it was before the first merge, bit for bit.
+
+        Args:
+            keep: leave the first so many of `merged_adapters` merged.
+        """
+        self._forget_if_reloaded()
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        with _tensors_as(self.get_base_layer()):
-            if self._snapshot.untouched():
-                self._snapshot.restore()
-            else:
-                delta = self._summed_delta([name for name in self.merged_adapters if name in self.krona_A])
-                weight = self.get_base_weight()
-                self.set_base_weight(subtract_with_warning(weight, delta.to(weight.device), type(self).__name__))
-        self.merged_adapters.clear()
-        self._snapshot = None
+        kept, gone = self._shares[:keep], self._shares[keep:]
+        if gone:
+            with _tensors_as(self.get_base_layer()):
+                self._take_out(kept, gone)
+        self._shares, self.merged_adapters = kept, [share.name for share in kept]
+        if not kept:
+            self._snapshot = None
+
+    def _take_out(self, kept: list[Share], gone: list[Share]) -> None:
+        snapshot = self._snapshot
+        if not snapshot.untouched():
+            weight = self.get_base_weight()
+            delta = self._summed_delta(gone, weight.device)
+            self.set_base_weight(subtract_with_warning(weight, delta, type(self).__name__))
+        elif kept:
+            self.set_base_weight(self._sum(snapshot.original(self), kept))
+            snapshot.seal()
+        else:
+            snapshot.restore()
+
+    def _forget_if_reloaded(self) -> None:
+        if self._snapshot is not None and not self._snapshot.untouched() and self._snapshot.reloaded():
+            self._snapshot, self._shares, self.merged_adapters = None, [], []
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` may convert this layer (dense layers only)."""

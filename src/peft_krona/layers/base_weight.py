@@ -1,23 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base weight of a merged layer, kept so that it can be put back bit for bit.
+"""What a merge did to a base weight: the weight before it, kept bit for bit, and the shares that were added.
 
-W + dW is rounded to W's dtype, so W cannot be computed back from it. `BaseWeightSnapshot` therefore keeps the original
-tensor itself (on its device, one weight per merged layer) and puts that very tensor back. If something else changed the
-merged weight in between (another tuner's merge, a cast, an optimizer), putting the original back would undo that;
-then dW is subtracted instead, with a warning that this is exact only up to rounding.
+A share is a fact of the past: adapters may be trained on, weighted anew or deleted while they are merged, so their
+factors are kept as they were (small beside the weight). W + dW is rounded to W's dtype, so W cannot be computed back
+from it. `BaseWeightSnapshot` therefore keeps the original tensor itself (on its device, one weight per merged layer)
+and puts that very tensor back. If something else changed the merged weight in between (another tuner's merge, a cast,
+an optimizer), putting the original back would undo that; then the shares are subtracted instead, with a warning that
+this is exact only up to rounding.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..factors import Layout
+from ..ops import kron_delta_weight
+
 _INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one adapter adds to a base weight: s * layout(sum_n A_n (x) B_n).
+
+    Attributes:
+        name: the adapter's. A: (r, a_out, a_in). B: (r, b_out, b_in, *kernel). scale: s.
+    """
+
+    name: str
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
+    layout: Layout
+
+    def delta_weight(self) -> torch.Tensor:
+        """dW, (out, in, *kernel), in fp32 (fp64 for fp64 factors)."""
+        return kron_delta_weight(self.A, self.B, scale=self.scale, layout=self.layout)
+
+    def kept(self) -> Share:
+        """A copy that nothing changes any more."""
+        return replace(self, A=self.A.detach().clone(), B=self.B.detach().clone(), scale=float(self.scale))
 
 
 class BaseWeightSnapshot:
@@ -51,6 +80,11 @@ class BaseWeightSnapshot:
         """Whether the weight is still the one that the merge wrote."""
         return self._quantized or _bits(self._base_layer.weight.data) == self._merged_bits
 
+    def reloaded(self) -> bool:
+        """Whether something put the original back already, as loading a state dict does: no share is in it then."""
+        weight = self._base_layer.weight.data
+        return not self._quantized and torch.equal(self._weight.to(weight), weight)
+
     def restore(self) -> None:
         """Put the original weight back, bit for bit."""
         if self._quantized:
@@ -69,6 +103,11 @@ class BaseWeightSnapshot:
         if state is not None:
             base.state = state
         return current
+
+
+def is_float8(dtype: torch.dtype) -> bool:
+    """Whether it is one of the floating dtypes of a single byte, which weights are stored in, but not computed with."""
+    return dtype.is_floating_point and dtype.itemsize == 1
 
 
 def dequantized(backend: Any, base_layer: nn.Module) -> torch.Tensor:

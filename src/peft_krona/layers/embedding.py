@@ -12,8 +12,8 @@ from .base import KronALayer
 class Embedding(KronALayer):
     """An adapted nn.Embedding: in = num_embeddings, out = embedding_dim, and the table gets dW^T added."""
 
-    def _delta_weight(self, adapter_name: str) -> torch.Tensor:
-        return super()._delta_weight(adapter_name).T.contiguous()
+    def _in_base_shape(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.T.contiguous()
 
     def _add_delta(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
         A, B = self.krona_A[name], self.krona_B[name]

@@ -24,8 +24,7 @@ class Linear(KronALayer):
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self.fan_in_fan_out = fan_in_fan_out
 
-    def _delta_weight(self, adapter_name: str) -> torch.Tensor:
-        delta = super()._delta_weight(adapter_name)
+    def _in_base_shape(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.T.contiguous() if self.fan_in_fan_out else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
