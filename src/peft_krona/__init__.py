@@ -13,6 +13,7 @@ from . import _register
 
 _register.add_enum_member()
 
+from . import _diffusers  # noqa: E402  (needs PeftType.KRONA)
 from .config import KronAConfig  # noqa: E402  (needs PeftType.KRONA)
 from .layers import KronALayer  # noqa: E402
 from .merge import merged  # noqa: E402
@@ -20,6 +21,7 @@ from .model import KronAModel  # noqa: E402
 from .ops import kron_linear  # noqa: E402
 
 _register.register(KronAConfig, KronAModel, KronALayer)
+_diffusers.register()
 
 __version__ = "0.1.0"
 __all__ = ["KronAConfig", "KronALayer", "KronAModel", "kron_linear", "merged"]

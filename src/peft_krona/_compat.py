@@ -66,3 +66,16 @@ def offloading_hooks(module: nn.Module) -> list[Any]:
     state = module.__dict__
     hooks = [state["_hf_hook"]] if "_hf_hook" in state else []
     return hooks + (list(state["_diffusers_hook"].hooks.values()) if "_diffusers_hook" in state else [])
+
+
+def is_left_out_by_fusing(attention: nn.Module, projection: str) -> bool:
+    """Whether a projection is not called any longer once diffusers' `fuse_qkv_projections` has made one of several."""
+    kept = projection == "to_q" and getattr(attention, "is_cross_attention", False)
+    return not kept and projection in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def has_fused_projections(attention: nn.Module) -> bool:
+    """Whether diffusers' `fuse_qkv_projections` is in force. Its older attention class is told by the processor alone,
+    as unfusing leaves its flag up."""
+    fused = getattr(attention, "fused_projections", False) is True
+    return fused and (hasattr(attention, "unfuse_projections") or "Fused" in type(attention.processor).__name__)

@@ -18,11 +18,13 @@ from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ._compat import has_fused_projections, is_left_out_by_fusing
 from .combine import combine_adapters
 from .config import KronAConfig
 from .errors import FormatError, UnsupportedLayerError
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, KronALayer, Linear
 from .rollback import undone_on_error
+from .state_dict import remember_settings, unfiltered
 from .targets import CLIP_TARGET_MODULES, DIFFUSERS_TARGET_MODULES
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,7 @@ class KronAModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
+        _check_fused(parent, target_name, current_key)
         if isinstance(target, KronALayer):
             target.update_layer(adapter_name, config, name=current_key)
             layer = target
@@ -102,6 +105,27 @@ class KronAModel(BaseTuner):
                 wanted,
                 taken,
             )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: KronAConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # Called by PEFT (>= 0.21) when it collects what is saved.
+        state_dict = unfiltered(model, adapter_name, state_dict, unwanted_adapter_names)
+        own = super()._get_adapter_state_dict(
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=state_dict,
+            unwanted_adapter_names=unwanted_adapter_names,
+        )
+        remember_settings(own, config)
+        return own
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -216,6 +240,15 @@ class KronAModel(BaseTuner):
 
 def _inject_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple:
     return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _check_fused(parent: nn.Module, target_name: str, name: str) -> None:
+    """Raises UnsupportedLayerError where an adapter would have no effect."""
+    if has_fused_projections(parent) and is_left_out_by_fusing(parent, target_name):
+        raise UnsupportedLayerError(
+            f"Cannot adapt '{name}': fuse_qkv_projections() has put its weight into one matrix with others, and the "
+            "layer is not called any longer. Call unfuse_qkv_projections() first."
+        )
 
 
 def new_layer(

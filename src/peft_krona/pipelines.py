@@ -11,7 +11,7 @@ like. On disk an adapter is one PEFT folder per model, in a subfolder named afte
 from __future__ import annotations
 
 import copy
-import json
+import logging
 import os
 import re
 import tempfile
@@ -19,21 +19,23 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import cast_adapter_dtype
+from peft.tuners.tuners_utils import cast_adapter_dtype, check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
 from .config import PEFT_PREFIX, KronAConfig
 from .convert import read_adapter
-from .convert.read import saved_components
 from .errors import ConfigError, FormatError
 from .layers import KronALayer
 from .rollback import undone_on_error
+from .sources import DENOISERS, Components, find, is_krona_config, plain_keys, read_own
+from .state_dict import factor_keys
+from .targets import DIFFUSERS_TARGET_MODULES
 
-DENOISERS = ("unet", "transformer", "transformer_2", "prior")
+logger = logging.getLogger(__name__)
 
 
 def add_krona(
@@ -61,7 +63,7 @@ def add_krona(
         ConfigError: if the pipeline has nothing to adapt, the adapter exists already or its name is not allowed (empty,
             or with a dot). The pipeline is unchanged.
     """
-    models = _models(pipe)
+    models = models_of(pipe)
     configs: dict[str, KronAConfig] = {}
     for name in models:
         if name in DENOISERS:
@@ -111,7 +113,7 @@ def save_krona_weights(
     """
     configs = {
         name: model.peft_config[adapter_name]
-        for name, model in _models(pipe).items()
+        for name, model in models_of(pipe).items()
         if isinstance(getattr(model, "peft_config", {}).get(adapter_name), KronAConfig)
     }
     if not configs:
@@ -122,7 +124,7 @@ def save_krona_weights(
     root = Path(save_directory)
     _check_replaceable(root, configs)
     root.mkdir(parents=True, exist_ok=True)
-    models = _models(pipe)
+    models = models_of(pipe)
     header = {"format": "pt", **(metadata or {})}
     saved = [
         _save_component(models[name], config, adapter_name, root / name, header, (state_dicts or {}).get(name))
@@ -139,20 +141,26 @@ def load_krona_weights(
     weight: float | None = None,
     *,
     weight_name: str | None = None,
+    subfolder: str | None = None,
+    config: KronAConfig | None = None,
+    hotswap: bool = False,
     revision: str | None = None,
     token: str | None = None,
+    **hub: Any,
 ) -> list[str]:
     """Load an adapter into a pipeline and make it the active one; all models that it has weights for, in one call.
 
     Args:
         pipe: the pipeline.
-        source: a folder or file, or the id of a repository on the Hugging Face Hub. Besides what `save_krona_weights`
-            and PEFT write, everything that `peft_krona.convert.read_adapter` reads: released DiffuseKronA checkpoints,
-            LoKr and LoRA files.
+        source: a folder or file, or the id of a repository on the Hugging Face Hub (its cache is used where there is no
+            connection). Besides what `save_krona_weights`, PEFT and diffusers' `save_lora_weights` write, everything
+            that `peft_krona.convert.read_adapter` reads: released DiffuseKronA checkpoints, LoKr and LoRA files.
         adapter_name: the name to give it; use `pipe.set_adapters` to combine or weight several.
         weight: strength; None leaves it at 1.
-        weight_name: a single file within `source`.
-        revision, token: for the Hub.
+        weight_name: a single file within `source`. subfolder: a folder within it.
+        config: the settings that a file of KronA weights was trained with, if it was saved without them.
+        hotswap: put the weights in the place of those of the adapter that has this name already.
+        revision, token, hub: for the Hub, as huggingface_hub's `snapshot_download` takes them.
 
     Returns:
         Names of the components that were adapted.
@@ -161,31 +169,105 @@ def load_krona_weights(
         FormatError: names the file, layer or component and the reason. The pipeline is then as it was before.
         ConfigError: if an adapter of that name exists already, or the name is not allowed (empty, or with a dot).
     """
-    path = _local_path(os.fspath(source), weight_name, revision, token)
-    models = _models(pipe)
-    components = _read_own_folder(path, models) or read_adapter(path).peft_components(models)
+    path = find(os.fspath(source), weight_name, subfolder, revision=revision, token=token, **hub)
+    models = models_of(pipe)
+    components = read_own(path, models, config)
+    if components is None:
+        if config is not None:
+            raise ConfigError(f"config= is for a file of KronA weights without settings, which {path} is not.")
+        components = read_adapter(path).peft_components(models)
+    return load_components(pipe, components, adapter_name, weight, hotswap=hotswap, where=str(path))
+
+
+def load_components(
+    pipe: Any,
+    components: Components,
+    adapter_name: str,
+    weight: float | None = None,
+    *,
+    hotswap: bool = False,
+    where: str = "the state dict",
+) -> list[str]:
+    """`load_krona_weights` with what was read: {component: (config, state dict)}. `where` is for messages."""
+    models = models_of(pipe)
     missing = [name for name in components if name not in models]
     if missing:
         raise FormatError(
-            f"{path} has weights for {missing}, but this {type(pipe).__name__} has only {sorted(models)}."
+            f"{where} has weights for {missing}, but this {type(pipe).__name__} has only {sorted(models)}."
         )
     with undone_on_error(*(models[name] for name in components)):
         for name, (config, state_dict) in components.items():
-            _add_adapter(models[name], config, adapter_name, component=name)
-            _load_state_dict(models[name], state_dict, adapter_name, where=f"{path}: {name}")
-            if weight is not None:
-                for layer in _krona_layers(models[name]):
-                    layer.set_scale(adapter_name, weight)
+            load_into_model(
+                models[name], config, state_dict, adapter_name, weight, hotswap=hotswap, where=where, component=name
+            )
     return list(components)
 
 
-def _read_own_folder(path: Path, models: Mapping[str, nn.Module]) -> dict[str, tuple[KronAConfig, dict]] | None:
-    """{component: (config, state dict)} of a folder that save_krona_weights or PEFT wrote, settings as they were."""
-    components = saved_components(path)
-    if components is None or not (path / CONFIG_NAME).is_file():
-        return components
-    ((name, found),) = components.items()  # the adapter of a single model, whose component is a guess
-    return {name if name in models else next((denoiser for denoiser in DENOISERS if denoiser in models), name): found}
+def load_into_model(
+    model: nn.Module,
+    config: KronAConfig,
+    state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str,
+    weight: float | None = None,
+    *,
+    hotswap: bool = False,
+    where: str = "the state dict",
+    component: str = "model",
+) -> None:
+    """Load one model's adapter. Raises as `load_krona_weights`."""
+    if hotswap:
+        raise ConfigError(
+            f"hotswap=True is not supported for KronA adapters yet. Load {where} under another adapter_name, or delete "
+            f"{adapter_name!r} first."
+        )
+    state_dict = plain_keys(state_dict)
+    _add_adapter(model, _for_this_model(model, config, state_dict, where), adapter_name, component)
+    _load_state_dict(model, state_dict, adapter_name, where=f"{where}: {component}")
+    if weight is not None:
+        for layer in _krona_layers(model):
+            layer.set_scale(adapter_name, weight)
+
+
+def _for_this_model(
+    model: nn.Module, config: KronAConfig, state_dict: Mapping[str, torch.Tensor], where: str
+) -> KronAConfig:
+    """The config, held to the layers that have weights where the model has more of these names.
+
+    AnimateDiff's motion modules and IP-Adapter's projections have attention layers too, whose short names are among the
+    usual targets (diffusers#7661). Such a layer is told by its place: the adapter has none of that kind, numbers aside.
+    """
+    trained = {key.rpartition(".krona_")[0] for key in state_dict if ".krona_" in key}
+    layers = {name for name, module in model.named_modules() if type(module) is not nn.ModuleDict}
+    if not trained or not trained <= layers:
+        return config  # of another model: what is missing is said when the weights are loaded
+    wanted = {name for name in layers if _is_target(config, name)}
+    kinds = {_kind(name) for name in trained}
+    others = sorted(name for name in wanted - trained if _kind(name) not in kinds)
+    if not others or wanted - trained - set(others):
+        return config
+    logger.warning(
+        "%s: %d layers of this %s have names that the adapter adapts, but it has no weights for them (e.g. %s); they "
+        "are left as they are.",
+        where,
+        len(others),
+        type(model).__name__,
+        others[0],
+    )
+    config = copy.deepcopy(config)
+    config.target_modules = trained
+    config.layers_to_transform = config.layers_pattern = None
+    return config
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".#", name)
+
+
+def _is_target(config: KronAConfig, name: str) -> bool:
+    if config.target_modules is None:
+        config = copy.copy(config)
+        config.target_modules = set(DIFFUSERS_TARGET_MODULES)
+    return bool(check_target_module_exists(config, name))
 
 
 def _load_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, where: str) -> None:
@@ -194,7 +276,6 @@ def _load_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, wher
     Raises:
         FormatError: names the keys that are missing, left over or of the wrong shape.
     """
-    state_dict = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
     expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     if not expected.keys() & state_dict.keys():
         # transformers 5 dropped "text_model." from CLIPTextModel's module names, and files are from before and after
@@ -219,8 +300,8 @@ def _load_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, wher
     set_peft_model_state_dict(model, state_dict, adapter_name=adapter_name)
 
 
-def _models(pipe: Any) -> dict[str, nn.Module]:
-    """{component name: model}, PEFT wrappers taken off."""
+def models_of(pipe: Any) -> dict[str, nn.Module]:
+    """{component name: model}, wrappers taken off."""
     components = getattr(pipe, "components", None)
     if not isinstance(components, Mapping):
         raise ConfigError(
@@ -228,7 +309,17 @@ def _models(pipe: Any) -> dict[str, nn.Module]:
             "get_peft_model(model, KronAConfig(...)) or model.add_adapter(KronAConfig(...))."
         )
     models = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
-    return {name: m.get_base_model() if isinstance(m, PeftModel) else m for name, m in models.items()}
+    return {name: unwrapped(model) for name, model in models.items()}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, inside of what torch.compile and PEFT put around it."""
+    while True:
+        inner = getattr(model, "_orig_mod", model)  # torch.compile(model)
+        inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
+        if inner is model:
+            return model
+        model = inner
 
 
 def _krona_layers(model: nn.Module) -> Iterator[KronALayer]:
@@ -236,7 +327,7 @@ def _krona_layers(model: nn.Module) -> Iterator[KronALayer]:
 
 
 def _adapter_names(pipe: Any) -> list[str]:
-    return sorted({name for model in _models(pipe).values() for name in getattr(model, "peft_config", {})})
+    return sorted({name for model in models_of(pipe).values() for name in getattr(model, "peft_config", {})})
 
 
 def _add_adapter(model: nn.Module, config: KronAConfig, adapter_name: str, component: str) -> None:
@@ -276,7 +367,7 @@ def _remove_others(root: Path, saved: Collection[str], components: Collection[st
         for folder in (file.parent for file in sorted(root.glob(f"*/{CONFIG_NAME}")))
         if folder.name not in saved
         and (folder.name in components or folder.name in DENOISERS or re.fullmatch(r"text_encoder(_\d+)?", folder.name))
-        and _is_krona(folder / CONFIG_NAME)
+        and is_krona_config(folder / CONFIG_NAME)
     ]
     if others:
         with tempfile.TemporaryDirectory(dir=root, prefix=".replaced-") as scratch:
@@ -284,12 +375,13 @@ def _remove_others(root: Path, saved: Collection[str], components: Collection[st
                 os.replace(folder, Path(scratch, folder.name))
 
 
-def _is_krona(config: Path) -> bool:
-    try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError:  # broken, so nobody's adapter that could be loaded
-        return False
-    return isinstance(found, dict) and found.get("peft_type") == "KRONA"
+def _saved_names(model: nn.Module, adapter_name: str) -> list[str]:
+    wrappers = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")  # not in saved names
+    return [wrappers.sub("", key.removesuffix(f".{adapter_name}")) for key in factor_keys(model, adapter_name)]
+
+
+def _others(model: nn.Module, adapter_name: str) -> str:
+    return ", ".join(repr(name) for name in model.peft_config if name != adapter_name)
 
 
 def _save_component(
@@ -304,6 +396,12 @@ def _save_component(
     state_dict = get_peft_model_state_dict(
         model, state_dict=whole, adapter_name=adapter_name, save_embedding_layers=False
     )
+    lost = [key for key in _saved_names(model, adapter_name) if key not in state_dict]
+    if lost:  # PEFT before 0.21 leaves out what another adapter's name is a part of
+        raise FormatError(
+            f"PEFT leaves out {len(lost)} weights of the adapter {adapter_name!r} (e.g. {lost[0]}). Is another adapter "
+            f"({_others(model, adapter_name)}) named like a layer? Remove it, or load it under another name."
+        )
     state_dict = {f"{PEFT_PREFIX}{key}": tensor.contiguous().cpu() for key, tensor in state_dict.items()}
     config = copy.deepcopy(config)
     config.inference_mode = True
@@ -323,26 +421,3 @@ def _save_component(
                 os.replace(old, folder)
             raise
     return folder
-
-
-def _local_path(source: str, weight_name: str | None, revision: str | None, token: str | None) -> Path:
-    """A local file or folder for `source`, from the Hub if it is not on disk."""
-    path = Path(source)
-    if path.exists():
-        found = path / weight_name if weight_name else path
-        if not found.exists():
-            raise FormatError(f"{path} holds no {weight_name}.")
-        return found
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise FormatError(f"{source} does not exist, and is no id of a repository on the Hugging Face Hub (user/name).")
-    if weight_name:
-        return Path(hf_hub_download(source, weight_name, revision=revision, token=token))
-    files = HfApi(token=token).list_repo_files(source, revision=revision)
-    wanted = [f for f in files if Path(f).name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
-    wanted = wanted or [f for f in files if "/" not in f and f.endswith(".safetensors")]
-    if not wanted:
-        raise FormatError(f"The repository {source} holds no adapter: expected {CONFIG_NAME} or a .safetensors file.")
-    local = [Path(hf_hub_download(source, f, revision=revision, token=token)) for f in wanted]
-    if len(local) == 1:
-        return local[0]
-    return local[0].parents[wanted[0].count("/")]

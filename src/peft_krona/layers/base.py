@@ -170,6 +170,12 @@ class KronALayer(nn.Module, BaseTunerLayer):
             if name in self.scaling:
                 self.scaling[name] = self.base_scaling[name] if scale is None else self.scaling[name] / scale
 
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        # Where PEFT puts new factors. An 8-bit float is a weight's storage, nothing computes or trains in it.
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        stored = dtype is not None and dtype.is_floating_point and dtype.itemsize == 1
+        return device, torch.float32 if stored else dtype
+
     # -- merging ------------------------------------------------------------------------------------------------
 
     def get_base_weight(self) -> torch.Tensor:
@@ -207,7 +213,9 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def _sum(self, weight: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
         delta = self._summed_delta(shares, weight.device)
-        return (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
+        # torch promotes no 8-bit floats
+        wide = delta.dtype if weight.element_size() == 1 else torch.promote_types(weight.dtype, delta.dtype)
+        return (weight.to(wide) + delta).to(weight.dtype)
 
     def check_merge(self, adapter_names: list[str] | None = None, *, check_finite: bool = False) -> None:
         """Raise what `merge` would raise, without changing anything.
