@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test demo lint clean
+.PHONY: test demo app test-app lint clean
 
 test: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -13,6 +13,16 @@ test: $(VENV)/.ready
 
 demo: $(VENV)/.demo
 	$(RUN) examples/dreambooth_kron.py
+
+# the page: http://127.0.0.1:7860
+app: $(VENV)/.app
+	$(RUN) -m examples.app
+
+# the page in a browser; Chromium comes from the system's packages where they are Debian's
+test-app: $(VENV)/.ready $(VENV)/.app
+	$(RUN) -m pip install --quiet -c constraints.txt playwright
+	command -v chromium || command -v chromium-browser || command -v google-chrome || apt-get install -y chromium
+	$(RUN) -m pytest tests/test_app.py tests/test_app_browser.py
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -24,6 +34,9 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(call install,.[dev])
+
+$(VENV)/.app: pyproject.toml constraints.txt
+	$(call install,.[app])
 
 define install
 $(PYTHON) -m venv $(VENV)

@@ -33,7 +33,6 @@ WRITTEN = {
     "numpy 2.2.6": (">=3.10", []),
     "numpy 2.4.6": (">=3.11", []),
     "pillow 12.3.0": (">=3.10", []),
-    "pillow 13.0.0": (">=3.11", []),
     "diffusers 0.41.0": (">=3.10.0", ["huggingface-hub<2.0,>=1.32.0", "numpy", "safetensors>=0.8.0", "Pillow"]),
     "diffusers 0.42.1": (">=3.11.0", ["huggingface-hub<3.0,>=1.32.0", "numpy", "safetensors>=0.8.0", "Pillow"]),
     "transformers 5.20.2": (
@@ -68,6 +67,11 @@ WRITTEN = {
     "bitsandbytes 0.50.2": (">=3.10", ["torch<3,>=2.4", "numpy>=1.17"]),
     "prodigyopt 1.1.2": (">=3.6", []),
     "schedulefree 1.4.1": (">=3.4", ["torch"]),
+    "gradio 6.31.0": (
+        ">=3.10",
+        ["numpy<3.0,>=1.0", "pandas<4.0,>=1.0", "pillow<13.0,>=8.0", "huggingface-hub<3.0,>=1.16.0"],
+    ),
+    "playwright 1.65.2": (">=3.10", []),
     "pytest 9.2.0": (">=3.10", []),
     "ruff 0.17.6": (">=3.7", []),
 }

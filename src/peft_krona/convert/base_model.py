@@ -28,8 +28,8 @@ def guess_base(adapter: AdapterFile) -> UNetNames:
         kinds = {_BY_CROSS_ATTENTION[size] for size in hidden if size in (768, 1024)}
     if len(kinds) != 1:
         raise FormatError(
-            "The adapter's layers do not tell which Stable Diffusion it is for. Say so with base_model: sd15, sd2, sdxl "
-            "or the base model's folder."
+            "The adapter's layers do not tell which Stable Diffusion it is for. Say so with base_model: sd15, sd2, "
+            "sdxl or the base model's folder."
         )
     return BASES[kinds.pop()]
 
