@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, normalize
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .loop import Loop, autocast
+from .loop import Loop, adamw, autocast
 from .text import LENGTH, RARE
 
 STEPS, BATCH, LR, WIDTH = 1000, 128, 1e-3, 128
@@ -24,12 +24,12 @@ class Block(nn.Module):
 
 
 class LatentEncoder(nn.Module):
-    """Latents, N x channels x 8 x 8, to one vector."""
+    """Latents, N x channels x 16 x 16, to one vector."""
 
     def __init__(self, channels: int, width: int = 96, out: int = WIDTH):
         super().__init__()
         self.trunk = nn.Sequential(
-            nn.Conv2d(channels, width, 3, 1, 1), Block(width),
+            nn.Conv2d(channels, width, 4, 2, 1), Block(width),
             nn.Conv2d(width, 2 * width, 4, 2, 1), Block(2 * width), nn.Conv2d(2 * width, 64, 1), nn.GELU(),
         )  # fmt: skip
         self.head = nn.Linear(64 * 16, out)
@@ -79,8 +79,9 @@ def contrast(a: Tensor, b: Tensor, scale: Tensor, same: Tensor | None = None) ->
     return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
 
-def train(folder, tokenizer, latents: Tensor, ids: Tensor, steps: int = STEPS, deadline=None) -> Clip:
-    """`latents` (scaled), N x C x 8 x 8, and the token ids of K captions of each, N x K x LENGTH."""
+def train(folder, tokenizer, latents: Tensor, ids: Tensor, steps: int = STEPS, deadline=None) -> tuple[Clip, bool]:
+    """`latents` (scaled), N x C x 16 x 16, and the token ids of K captions of each, N x K x LENGTH.
+    Returns the model, and whether it has had all its steps."""
     torch.manual_seed(0)
     model = Clip(build_text_encoder(tokenizer), LatentEncoder(latents.shape[1]))
 
@@ -96,5 +97,5 @@ def train(folder, tokenizer, latents: Tensor, ids: Tensor, steps: int = STEPS, d
         accuracy = ((image @ text.T).argmax(1) == torch.arange(BATCH)).float().mean()
         return value, {"loss": value, "accuracy": accuracy, "scale": scale}
 
-    Loop("clip", folder, model, LR, steps, seed=2, deadline=deadline).run(loss)
-    return model.eval()
+    loop = Loop("clip", folder, model, adamw(list(model.parameters()), LR), steps, seed=2, deadline=deadline).run(loss)
+    return model.eval(), loop.finished

@@ -1,5 +1,7 @@
 """Assemble the parts to a StableDiffusionPipeline folder, fp16 safetensors, and draw with it."""
 
+import copy
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,11 +13,13 @@ from PIL import Image
 
 from .unet import build_scheduler
 
+CONCEPTS_FILE = "concepts.json"  # the names that the pipeline has learned
 
-def export(folder: Path, vae, text_encoder, tokenizer, unet) -> None:
-    """Write the pipeline to a temporary name first, then put it in place of `folder`."""
+
+def export(folder: Path, vae, text_encoder, tokenizer, unet, concepts: list[str]) -> None:
+    """Write the pipeline and the names of what it draws to a temporary name first, then put it in place of `folder`."""
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=build_scheduler(),
+        vae=copy.deepcopy(vae), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=build_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     temporary = folder.with_name(folder.name + ".tmp")
@@ -24,8 +28,10 @@ def export(folder: Path, vae, text_encoder, tokenizer, unet) -> None:
     # with no dtype named, from_pretrained loads diffusers' models in fp32, transformers' as their config says
     config = temporary / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    (temporary / CONCEPTS_FILE).write_text(json.dumps(concepts) + "\n")
     if folder.exists():
-        kept = [p for p in folder.iterdir() if p.is_file() and p.name != "model_index.json"]  # model card, log, grid
+        made = ("model_index.json", CONCEPTS_FILE)
+        kept = [p for p in folder.iterdir() if p.is_file() and p.name not in made]  # model card, log, grid
         for path in kept:
             shutil.copy2(path, temporary / path.name)
         old = folder.with_name(folder.name + ".old")
@@ -35,6 +41,11 @@ def export(folder: Path, vae, text_encoder, tokenizer, unet) -> None:
         shutil.rmtree(old)
     else:
         os.replace(temporary, folder)
+
+
+def concepts(folder: Path) -> list[str]:
+    """The names that the pipeline in `folder` has learned."""
+    return json.loads((Path(folder) / CONCEPTS_FILE).read_text())
 
 
 def load(folder: Path) -> StableDiffusionPipeline:

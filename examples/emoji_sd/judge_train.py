@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
 
 from .judge import Judge, JudgeModel
-from .loop import Loop, autocast, save_atomically, to_tensor
+from .loop import Loop, adamw, autocast, save_atomically, to_tensor
 from .render import (
     CONCEPTS,
     HELD_OUT_CONCEPTS,
@@ -97,7 +97,8 @@ def contrast(a: Tensor, b: Tensor, scale) -> Tensor:
     return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
 
-def train(run: Path, package: Path, vae, output: Path, steps: int = STEPS, deadline=None) -> Judge:
+def train(run: Path, package: Path, vae, output: Path, steps: int = STEPS, deadline=None) -> Judge | None:
+    """Write the judge to `output` and return it, or None as long as it has not had all its steps."""
     path = run / "judge_data.pt"
     if not path.exists():
         save_atomically(make_data(package, vae), path)
@@ -125,7 +126,12 @@ def train(run: Path, package: Path, vae, output: Path, steps: int = STEPS, deadl
         accuracy = (logits.argmax(1) == labels[pick]).float().mean()
         return clip + concept + same, {"clip": clip, "concept": concept, "same": same, "accuracy": accuracy}
 
-    Loop("judge", run, model, LR, steps, seed=4, deadline=deadline).run(loss)
+    if (
+        not Loop("judge", run, model, adamw(list(model.parameters()), LR), steps, seed=4, deadline=deadline)
+        .run(loss)
+        .finished
+    ):
+        return None
     output.mkdir(parents=True, exist_ok=True)
     save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, output / "model.safetensors")
     config = {"width": WIDTH, "out": OUT, "names": names, "words": list(model.words)}

@@ -59,6 +59,15 @@ HELD_OUT = {
     "object": "teapot:1fad6",
 }
 
+# The half of TRAINED that the shipped pipeline draws: few concepts learned well.  The autoencoder sees them all.
+DRAWN = (
+    "pizza hamburger fries doughnut cookie ice_cream croissant carrot eggplant tomato corn apple banana grapes "
+    "watermelon lemon strawberry cherries pineapple pear avocado cat rabbit fox bear panda koala tiger lion pig "
+    "frog octopus fish elephant penguin chick parrot flamingo cactus palm_tree tree tulip sunflower rocket car "
+    "bus sailboat house castle football basketball dice balloon violin drum sneaker heel handbag suitcase crown "
+    "top_hat shirt hammer key umbrella sun moon star heart diamond bomb camera alien skull pumpkin"
+)
+
 COLOURS = {
     "red": (214, 40, 40),
     "orange": (247, 140, 20),
@@ -82,6 +91,7 @@ def _parse(table: dict[str, str]) -> dict[str, tuple[str, str]]:
 
 TRAINED_CONCEPTS = _parse(TRAINED)  # name -> (file stem, category)
 HELD_OUT_CONCEPTS = _parse(HELD_OUT)
+DRAWN_CONCEPTS = {n: TRAINED_CONCEPTS[n] for n in (word.replace("_", " ") for word in DRAWN.split())}
 CONCEPTS = TRAINED_CONCEPTS | HELD_OUT_CONCEPTS
 CATEGORIES = list(TRAINED)
 PLURALS = {n: n if n.endswith("s") else n + "s" for n in CONCEPTS} | {

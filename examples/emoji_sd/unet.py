@@ -5,17 +5,20 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from .loop import Loop, autocast
+from .loop import Loop, adamw, autocast
 
-STEPS, BATCH, LR, EMA, DROPOUT = 9000, 32, 1e-3, 0.998, 0.1
+STEPS, BATCH, LR, EMA, DROPOUT = 40_000, 32, 1e-3, 0.999, 0.1
+WIDTHS = (64, 128, 192)
 
 
 def build(latent_size: int, latent_channels: int, text_width: int) -> UNet2DConditionModel:
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=latent_size, in_channels=latent_channels, out_channels=latent_channels,
-        block_out_channels=(128, 192), layers_per_block=1, attention_head_dim=(2, 3), cross_attention_dim=text_width,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=WIDTHS, layers_per_block=1, cross_attention_dim=text_width,
+        attention_head_dim=tuple(width // 64 for width in WIDTHS),  # diffusers takes it for the number of heads
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
 
 
@@ -31,7 +34,7 @@ def train(folder, latents: tuple[Tensor, Tensor], text_encoder: nn.Module, ids: 
           steps: int = STEPS, deadline=None, after_save=None) -> Loop:  # fmt: skip
     """`latents` scaled means and deviations, N x C x H x W; `ids` N x K x L, the tokens of K captions each; `empty` L,
     those of the empty prompt.  The text encoder learns on with the U-Net: it is small and costs next to nothing.
-    The averaged weights, `split(loop.ema)`, are the result."""
+    The averaged weights, `split(loop.averaged())`, are the result."""
     mean, std = latents
     unet = build(mean.shape[-1], mean.shape[1], text_encoder.config.hidden_size)
     noise_scheduler = DDPMScheduler.from_config(build_scheduler().config)
@@ -52,9 +55,9 @@ def train(folder, latents: tuple[Tensor, Tensor], text_encoder: nn.Module, ids: 
         return value, {"loss": value}
 
     both = nn.ModuleDict({"unet": unet, "text": text_encoder})
-    loop = Loop("unet", folder, both, LR, steps, seed=3, ema=EMA, warmup=200, deadline=deadline)
-    loop.run(loss, after_save)
-    return loop
+    optimizer = adamw(list(both.parameters()), LR)
+    loop = Loop("unet", folder, both, optimizer, steps, seed=3, ema=EMA, warmup=500, deadline=deadline)
+    return loop.run(loss, after_save)
 
 
 def split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
