@@ -19,12 +19,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ._compat import has_fused_projections, is_left_out_by_fusing
+from .adapter_names import check_adapter_name
 from .combine import combine_adapters
 from .config import KronAConfig
 from .errors import FormatError, UnsupportedLayerError
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, KronALayer, Linear
-from .rollback import undone_on_error
-from .state_dict import remember_settings, unfiltered
+from .rollback import forget_adapter, undone_on_error
+from .state_dict import remember_settings, unfiltered, without_nesting
 from .targets import CLIP_TARGET_MODULES, DIFFUSERS_TARGET_MODULES
 
 logger = logging.getLogger(__name__)
@@ -62,9 +63,18 @@ class KronAModel(BaseTuner):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, but a target that cannot be adapted leaves nothing of the adapter behind in the others."""
-        with undone_on_error(model):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        """As PEFT's, but a target that cannot be adapted leaves nothing of the adapter behind in the others.
+
+        Raises:
+            ConfigError: if the name is not allowed, see `check_adapter_name`.
+        """
+        try:
+            with undone_on_error(model):
+                check_adapter_name(model, adapter_name)
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            forget_adapter(model, self.peft_config, adapter_name)
+            raise
 
     def _check_target_module_compatiblity(self, peft_config: KronAConfig, model: nn.Module, target_name: str) -> None:
         super()._check_target_module_compatiblity(peft_config, model, target_name)
@@ -86,6 +96,8 @@ class KronAModel(BaseTuner):
         current_key: str,
     ) -> None:
         _check_fused(parent, target_name, current_key)
+        if adapter_name in current_key.split("."):  # a MixedModel does not come through `inject_adapter`
+            check_adapter_name(self.model, adapter_name)
         if isinstance(target, KronALayer):
             target.update_layer(adapter_name, config, name=current_key)
             layer = target
@@ -126,6 +138,11 @@ class KronAModel(BaseTuner):
         )
         remember_settings(own, config)
         return own
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT (>= 0.21) builds the keys of files, and the way back from them, with it.
+        return without_nesting(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

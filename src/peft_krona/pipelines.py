@@ -26,13 +26,14 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
+from .adapter_names import check_adapter_name
 from .config import PEFT_PREFIX, KronAConfig
 from .convert import read_adapter
 from .errors import ConfigError, FormatError
 from .layers import KronALayer
 from .rollback import undone_on_error
 from .sources import DENOISERS, Components, find, is_krona_config, plain_keys, read_own
-from .state_dict import factor_keys
+from .state_dict import factor_keys, without_nesting
 from .targets import DIFFUSERS_TARGET_MODULES
 
 logger = logging.getLogger(__name__)
@@ -331,12 +332,7 @@ def _adapter_names(pipe: Any) -> list[str]:
 
 
 def _add_adapter(model: nn.Module, config: KronAConfig, adapter_name: str, component: str) -> None:
-    # What torch refuses as the name of a module: it becomes a key of a ModuleDict and a part of dotted names.
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name) or adapter_name == "training":
-        raise ConfigError(
-            f"adapter_name={adapter_name!r} is not allowed; expected a name that is not empty, has no dots and is no "
-            "attribute of torch.nn.ModuleDict. Choose another."
-        )
+    check_adapter_name(model, adapter_name)
     if adapter_name in getattr(model, "peft_config", {}):
         raise ConfigError(
             f"The pipeline's {component} already has an adapter named {adapter_name!r}. Choose another adapter_name, "
@@ -377,7 +373,8 @@ def _remove_others(root: Path, saved: Collection[str], components: Collection[st
 
 def _saved_names(model: nn.Module, adapter_name: str) -> list[str]:
     wrappers = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")  # not in saved names
-    return [wrappers.sub("", key.removesuffix(f".{adapter_name}")) for key in factor_keys(model, adapter_name)]
+    keys = (key.removesuffix(f".{adapter_name}") for key in factor_keys(model, adapter_name))
+    return [without_nesting(wrappers.sub("", key)) for key in keys]
 
 
 def _others(model: nn.Module, adapter_name: str) -> str:
@@ -396,6 +393,7 @@ def _save_component(
     state_dict = get_peft_model_state_dict(
         model, state_dict=whole, adapter_name=adapter_name, save_embedding_layers=False
     )
+    state_dict = {without_nesting(key): tensor for key, tensor in state_dict.items()}  # as PEFT >= 0.21 has done
     lost = [key for key in _saved_names(model, adapter_name) if key not in state_dict]
     if lost:  # PEFT before 0.21 leaves out what another adapter's name is a part of
         raise FormatError(

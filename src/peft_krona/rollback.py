@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -22,6 +23,19 @@ def undone_on_error(*models: nn.Module) -> Iterator[None]:
         for state in before:
             state.restore()
         raise
+
+
+def forget_adapter(model: nn.Module, configs: dict[str, Any], adapter_name: str) -> None:
+    """After a failed add: take the config of an adapter that no layer has out of `configs`, which callers fill first.
+
+    diffusers and transformers also note first that the model has adapters, and then expect a `peft_config`.
+    """
+    if not any(
+        isinstance(m, BaseTunerLayer) and adapter_name in m._all_available_adapter_names() for m in model.modules()
+    ):
+        configs.pop(adapter_name, None)
+    if getattr(model, ADAPTERS_LOADED, False) and not hasattr(model, "peft_config"):
+        setattr(model, ADAPTERS_LOADED, False)
 
 
 class _ModelState:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from .config import KronAConfig
 from .errors import FormatError
 from .layers import KronALayer
 
+_NESTED = re.compile(r"(\.base_layer)+(?=\.krona_[AB]$)")
 _SETTINGS: MutableMapping[torch.Tensor, KronAConfig] = WeakIdKeyDictionary()
 
 
@@ -27,6 +29,18 @@ def factor_keys(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
         if isinstance(layer, KronALayer) and adapter_name in layer.krona_A
         for factor in ("krona_A", "krona_B")
     }
+
+
+def without_nesting(key: str) -> str:
+    """A factor's key as it is when no other tuner's layer is around the adapted one.
+
+    Adapters of another tuner over the same layer put ".base_layer" into the keys, which a file must not have: the other
+    adapter is not in it.
+
+    >>> without_nesting("attn1.to_q.base_layer.krona_A")
+    'attn1.to_q.krona_A'
+    """
+    return _NESTED.sub("", key)
 
 
 def unfiltered(

@@ -127,12 +127,6 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-        # PEFT creates and moves factors to what this says. Weights that are only stored as 8-bit floats are computed
-        # with in another dtype; factors would lose nearly all their digits there, so they keep their own.
-        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        return device, None if dtype is not None and is_float8(dtype) else dtype
-
     def factors(self, adapter_name: str) -> tuple[int, int]:
         """(a_out, a_in) of an adapter on this layer."""
         _, a_out, a_in = self.krona_A[adapter_name].shape
@@ -173,8 +167,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         # Where PEFT puts new factors. An 8-bit float is a weight's storage, nothing computes or trains in it.
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        stored = dtype is not None and dtype.is_floating_point and dtype.itemsize == 1
-        return device, torch.float32 if stored else dtype
+        return device, torch.float32 if dtype is not None and is_float8(dtype) else dtype
 
     # -- merging ------------------------------------------------------------------------------------------------
 
@@ -213,9 +206,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def _sum(self, weight: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
         delta = self._summed_delta(shares, weight.device)
-        # torch promotes no 8-bit floats
-        wide = delta.dtype if weight.element_size() == 1 else torch.promote_types(weight.dtype, delta.dtype)
-        return (weight.to(wide) + delta).to(weight.dtype)
+        return (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
 
     def check_merge(self, adapter_names: list[str] | None = None, *, check_finite: bool = False) -> None:
         """Raise what `merge` would raise, without changing anything.
