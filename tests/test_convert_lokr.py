@@ -199,10 +199,9 @@ def test_lycoris_rule_on_known_cases():
         assert lycoris_loads(LayerUpdate("unet", "x", torch.ones(1, *a), torch.ones(1, *b))) is loads
 
 
-def test_detection_refuses_loha_diff_and_mixed_files():
-    loha = {f"{NAME}.{key}": torch.ones(2, 2) for key in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")}
-    with pytest.raises(FormatError, match=r"loha file .* nearest_kronecker"):
-        from_tensors(loha)
+def test_detection_refuses_diff_and_mixed_layers():
+    with pytest.raises(FormatError, match=r"diff file .* nearest_kronecker"):
+        from_tensors({f"{NAME}.diff": torch.ones(2, 2)})
     with pytest.raises(FormatError, match=r"mixes lokr and lora"):
         from_tensors({f"{NAME}.lokr_w1": torch.ones(2, 2), f"{NAME}.lora_up.weight": torch.ones(2, 2)})
     with pytest.raises(FormatError, match="of no adapter format"):

@@ -6,15 +6,9 @@ import torch
 from convert_fixtures import tiny_clip, tiny_unet
 
 from peft_krona.convert import BASES, shapes_of_models
-from peft_krona.convert.names import (
-    diffusers_to_ldm,
-    from_name,
-    guess_component,
-    kernel_of,
-    ldm_to_diffusers,
-    to_kohya_name,
-    to_module_name,
-)
+from peft_krona.convert.file_names import from_name
+from peft_krona.convert.names import guess_component, to_module_name
+from peft_krona.convert.unet_names import diffusers_to_ldm, kernel_of, ldm_to_diffusers, to_kohya_name
 from peft_krona.errors import FormatError
 
 

@@ -17,11 +17,11 @@ from .export import TO as FORMATS
 from .export import Report, choose_format, export, to_diff, to_loha, to_lokr, to_lora, tolerance
 from .formats.krona import to_peft
 from .formats.lora import to_lora_peft
-from .names import BASES, UNetNames
 from .nearest import from_difference, nearest_kronecker
 from .read import from_diffusekrona, from_lokr, from_lora, from_peft, from_tensors, read_adapter
 from .record import AdapterFile, LayerUpdate
 from .shapes import shapes_of_folder, shapes_of_models
+from .unet_names import BASES, UNetNames
 
 Adapter, KronaLayer = AdapterFile, LayerUpdate  # their names before 0.1, for one release
 

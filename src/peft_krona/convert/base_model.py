@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 
 from ..errors import FormatError
-from .names import BASES, UNetNames
 from .record import AdapterFile
+from .unet_names import BASES, UNetNames
 
 _BY_CROSS_ATTENTION = {names.cross_attention_dim: kind for kind, names in BASES.items()}
 _LATER_BLOCK = re.compile(r"\.transformer_blocks\.[1-9]")

@@ -18,10 +18,11 @@ from .formats.lokr import as_plain_kron
 from .formats.lora import lora_rank, to_lora_peft
 from .groups import group_by_layer
 from .kohya import kohya_metadata, krona_metadata, with_whole_attentions
-from .names import UNetNames, is_embedding, to_kohya_name
+from .names import is_embedding
 from .read import read_adapter
 from .record import AdapterFile, LayerUpdate
 from .safetensors_io import new_folder, output_path, read_safetensors, write_safetensors
+from .unet_names import UNetNames, to_kohya_name
 
 WRITTEN = {name: format for name, format in FORMATS.items() if format.write is not None}
 TO = ("auto", *WRITTEN, "peft")

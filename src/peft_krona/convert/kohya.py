@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 
 from .formats import Format
-from .names import UNetNames
 from .record import AdapterFile
 from .safetensors_io import tensor_hash
+from .unet_names import UNetNames
 
 
 def with_whole_attentions(adapter: AdapterFile, base_model: UNetNames) -> AdapterFile:

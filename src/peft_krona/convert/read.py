@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,22 +15,32 @@ from typing import Any
 
 import torch
 
-from ..config import PEFT_PREFIX, KronAConfig
+from ..config import KronAConfig
 from ..errors import FormatError, KronAError
-from .formats import FORMATS, SHARED_ENDINGS, Format, Parts
+from .families import Target
+from .file_names import Shapes, resolve, without_wrappers
+from .foreign import what_is
+from .formats import FORMATS, SHARED_ENDINGS, Factors, Format, Parts
 from .formats.diffusekrona import DIFFUSEKRONA, looks_like_lora
+from .formats.format import header_alpha
 from .formats.krona import KRONA, config_from_json
 from .formats.lokr import LOKR
 from .formats.lora import LORA
+from .fused import split, swap_halves
 from .groups import complete, group_by_layer
-from .names import UNetNames, from_name, guess_component, kernel_of, old_diffusers_name, to_file_name
+from .names import guess_component, to_file_name
 from .record import AdapterFile, LayerUpdate
 from .safetensors_io import read_safetensors
+from .unet_names import UNetNames, kernel_of
+
+logger = logging.getLogger(__name__)
 
 _SINGLE_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 
-def read_adapter(path: str | os.PathLike, base_model: UNetNames | None = None) -> AdapterFile:
+def read_adapter(
+    path: str | os.PathLike, base_model: UNetNames | None = None, shapes: Shapes | None = None
+) -> AdapterFile:
     """Read an adapter of any supported format, told by its content.
 
     Supported are PEFT folders (KronA, LoKr, LoRA) of one model or of a pipeline's parts, released DiffuseKronA
@@ -38,6 +49,8 @@ def read_adapter(path: str | os.PathLike, base_model: UNetNames | None = None) -
     Args:
         path: a file or a folder.
         base_model: its kind (`names.BASES`), needed only for LoKr files that store 1 x 1 convolutions as matrices.
+        shapes: the base model's layers ({component: {module: shape}}, see `shapes_of_folder` and `shapes_of_models`).
+            A file's layer names are looked up among them; without them they are read by what is known of the families.
 
     Returns:
         The adapter; `AdapterFile.peft_components()` makes configs and state dicts of it.
@@ -50,15 +63,15 @@ def read_adapter(path: str | os.PathLike, base_model: UNetNames | None = None) -
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder.")
     if path.is_dir():
-        return _read_folder(path, base_model)
+        return _read_folder(path, base_model, shapes)
     if path.name == "adapter_model.safetensors" and (path.parent / "adapter_config.json").is_file():
         return _read_peft_folder(path.parent, None)
     tensors, metadata = read_safetensors(path)
     with _naming(path):
-        return from_tensors(tensors, metadata, base_model)
+        return from_tensors(tensors, metadata, base_model, shapes)
 
 
-def _read_folder(path: Path, base_model: UNetNames | None) -> AdapterFile:
+def _read_folder(path: Path, base_model: UNetNames | None, shapes: Shapes | None) -> AdapterFile:
     parts = _peft_folders(path)
     if parts:
         adapters = [_read_peft_folder(part, None if part == path else part.name) for part in parts]
@@ -67,7 +80,7 @@ def _read_folder(path: Path, base_model: UNetNames | None) -> AdapterFile:
         return AdapterFile(layers, source=adapters[0].source, metadata=metadata)
     files = [path / name for name in _SINGLE_FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
     if len(files) == 1:
-        return read_adapter(files[0], base_model)
+        return read_adapter(files[0], base_model, shapes)
     found = ", ".join(file.name for file in files) or "no safetensors file"
     raise FormatError(
         f"{path}: expected an adapter_config.json here or one folder deeper, or one safetensors file; found {found}. "
@@ -133,7 +146,7 @@ def saved_components(path: str | os.PathLike) -> dict[str, tuple[KronAConfig, di
     components = {}
     for folder, config in configs.items():
         tensors, _ = _read_peft_weights(folder)
-        state_dict = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+        state_dict = _renamed(tensors, without_wrappers)
         with _naming(folder):
             settings = config_from_json(config)
         settings.inference_mode = True
@@ -154,6 +167,7 @@ def from_tensors(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
     base_model: UNetNames | None = None,
+    shapes: Shapes | None = None,
 ) -> AdapterFile:
     """The adapter in a file's tensors, whichever supported format that is; see `read_adapter`."""
     metadata = metadata or {}
@@ -169,7 +183,7 @@ def from_tensors(
             if format.read is None:
                 key = f"{name}.{next(ending for ending in groups[name] if ending in format.endings)}"
                 raise FormatError(f"This is a {format.name} file ('{key}'), which {format.refuses}.")
-        layers = _layers({name: (formats[name], parts) for name, parts in groups.items()}, metadata, base_model)
+        layers = _layers({name: (formats[name], parts) for name, parts in groups.items()}, metadata, base_model, shapes)
         adapter = AdapterFile(layers, source="+".join(dict.fromkeys(format.name for format in formats.values())))
     return replace(adapter, metadata={**_known_metadata(metadata), **adapter.metadata})
 
@@ -241,13 +255,36 @@ def _from_one_format(
 
 def _grouped(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """{layer: {ending: tensor}} of a file of any formats."""
+    tensors = _renamed(tensors, _without_adapter_name)
     endings = dict.fromkeys(SHARED_ENDINGS)
     for format in FORMATS.values():
         endings |= dict.fromkeys((*format.endings, *format.extras))
     foreign = next((key for key in tensors if not key.endswith(tuple(f".{ending}" for ending in endings))), None)
     if foreign is not None:
+        known = next((key for key in tensors if what_is(key) and not key.endswith(".dora_scale")), None)
+        if known is not None:
+            raise FormatError(f"The key '{known}' {what_is(known)}")
         raise FormatError(f"The key '{foreign}' is of no adapter format that is known here. Is this a full model?")
     return group_by_layer(tensors, endings)
+
+
+def _renamed(tensors: Mapping[str, torch.Tensor], rename: Callable[[str], str]) -> dict[str, torch.Tensor]:
+    """The tensors under other keys.
+
+    Raises:
+        FormatError: if two keys become one, as those of two adapters in one file do.
+    """
+    renamed: dict[str, str] = {}
+    for key in tensors:
+        other = renamed.setdefault(rename(key), key)
+        if other != key:
+            raise FormatError(f"The keys '{other}' and '{key}' are the same weight of two adapters. Keep one of them.")
+    return {new: tensors[key] for new, key in renamed.items()}
+
+
+def _without_adapter_name(key: str) -> str:
+    """PEFT's own state dicts, saved as they are, have the adapter's name in their keys: `lora_A.default.weight`."""
+    return _ADAPTER_NAME.sub(lambda m: f".{m[1]}.{m[2]}" if m[1] else f".{m[3]}", key)
 
 
 def _formats_of(groups: Mapping[str, Parts]) -> dict[str, Format]:
@@ -278,29 +315,54 @@ def _formats_of(groups: Mapping[str, Parts]) -> dict[str, Format]:
 
 
 def _layers(
-    found: Mapping[str, tuple[Format, Parts]], metadata: Mapping[str, str], base_model: UNetNames | None
+    found: Mapping[str, tuple[Format, Parts]],
+    metadata: Mapping[str, str],
+    base_model: UNetNames | None,
+    known: Shapes | None = None,
 ) -> tuple[LayerUpdate, ...]:
-    """One layer for each name of a file, in its order."""
-    layers, of_format = [], {}
-    for name, (format, parts) in found.items():
-        factors = format.read(name, parts, metadata)
-        component, module = old_diffusers_name(name) or from_name(
-            name.removesuffix(".lora").replace(".processor.", ".")
+    """The layers that the names of a file stand for."""
+    if any("alpha" in parts for _, parts in found.values()):
+        metadata = {key: value for key, value in metadata.items() if "alpha" not in key and "lora_alpha" not in value}
+    elif any(header_alpha(name, metadata) for name in found):
+        logger.warning(
+            "No layer of the file has an alpha; that of its header is taken. Tools that read only the tensors take the "
+            "rank for it, so that the adapter has another strength there."
         )
-        layer = LayerUpdate(component, module, *factors)
-        if not layer.kernel:
-            layer = layer.with_kernel(kernel_of(component, module, base_model))
-        layers.append(layer)
-        of_format.setdefault(format.name, []).append(layer)
-    for name, members in of_format.items():
-        check = FORMATS[name].check
+    factors = {}
+    for name, (format, parts) in found.items():
+        factors[name] = format.read(name, parts, metadata)
+    shapes = {name: (A.shape[1] * B.shape[1], A.shape[2] * B.shape[2]) for name, (A, B, *_) in factors.items()}
+    per_block = 2 if base_model is None else base_model.layers_per_block
+    targets = resolve(shapes, known, per_block)
+    of_format: dict[str, list[LayerUpdate]] = {}
+    for name, target in targets.items():
+        members = of_format.setdefault(found[name][0].name, [])
+        for module, update in _parts(name, factors[name], target).items():
+            layer = LayerUpdate(target.component, module, *update)
+            if not layer.kernel:
+                layer = layer.with_kernel(kernel_of(layer.component, module, base_model))
+            members.append(layer)
+    for format_name, members in of_format.items():
+        check = FORMATS[format_name].check
         if check is not None:
             check(members)
-    return tuple(layers)
+    return tuple(layer for members in of_format.values() for layer in members)
 
 
-def _name(name: str) -> tuple[str, str]:
-    return old_diffusers_name(name) or from_name(name.removesuffix(".lora").replace(".processor.", "."))
+def _parts(name: str, factors: Factors, target: Target) -> dict[str, Factors]:
+    """The update of a layer of a file as those of the model's layers that it stands for."""
+    if target.swapped:
+        factors = swap_halves(factors)
+    if len(target.modules) == 1:
+        return {target.modules[0]: factors}
+    rows, whole = factors.A.shape[1] * factors.B.shape[1], sum(target.shares)
+    if rows % whole:
+        raise FormatError(
+            f"'{name}': its {rows} rows are not {' + '.join(map(str, target.shares))} equal shares, as "
+            f"{', '.join(target.modules)} need."
+        )
+    sizes = {module: rows // whole * share for module, share in zip(target.modules, target.shares, strict=True)}
+    return split({name: factors}, {name: sizes})
 
 
 def from_peft(
@@ -321,7 +383,10 @@ def from_peft(
     readers = {format.peft_type: format for format in FORMATS.values() if format.read_peft is not None}
     if not isinstance(kind, str) or kind not in readers:
         raise FormatError(f"adapter_config.json: peft_type={kind!r} cannot be read; expected one of {tuple(readers)}.")
-    tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+    tensors = _renamed(tensors, lambda key: _without_adapter_name(without_wrappers(key)))
+    known = next((key for key in tensors if what_is(key)), None)
+    if known is not None:
+        raise FormatError(f"The key '{known}' {what_is(known)}")
     extra = next((key for key in tensors if not _FACTOR.search(key)), None)
     if extra is not None:
         raise FormatError(
@@ -340,7 +405,8 @@ def from_peft(
     return AdapterFile(tuple(layers), source=f"peft-{kind.lower()}", metadata=_base_model_name(config))
 
 
-_FACTOR = re.compile(r"\.(krona|lokr|lora)_")
+_FACTOR = re.compile(r"\.(krona|lokr|lora|hada)_")
+_ADAPTER_NAME = re.compile(r"\.(lora_[AB])\.(?!weight$|bias$)[^.]+\.(weight|bias)$|\.(lora_embedding_[AB])\.[^.]+$")
 
 
 def _base_model_name(config: Mapping[str, Any]) -> dict[str, str]:

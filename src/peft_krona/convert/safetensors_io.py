@@ -22,6 +22,11 @@ from ..errors import FormatError
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_TENSORS = 100_000
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# Bookkeeping numbers (`<layer>.alpha`) are found in any dtype.
+_NUMBER_BYTES = _DTYPE_BYTES | {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
+}  # fmt: skip
+_NUMBER = ".alpha"
 _OTHER_TYPES = {
     b"\x80": "a Python pickle",
     b"PK\x03\x04": "a zip archive, as torch.save writes",
@@ -43,7 +48,8 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
     Raises:
         FormatError: names the file, the key where there is one, and the reason: not a safetensors file (pickles are
             refused, not opened), truncated, header malformed or with duplicate keys, shapes that do not fit the data,
-            integer or 8-bit dtypes, NaN or infinite values.
+            integer or 8-bit dtypes, NaN or infinite values (but for
+            `<layer>.alpha`, of which readers judge).
         FileNotFoundError: if there is no such file.
     """
     path = Path(path)
@@ -55,7 +61,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
     except SafetensorError as error:
         raise FormatError(f"{path}: not a valid safetensors file: {error}.") from error
     for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not key.endswith(_NUMBER) and not torch.isfinite(tensor).all():
             raise FormatError(
                 f"{path}: '{key}' holds NaN or infinite values. The training run diverged, or it is damaged."
             )
@@ -99,12 +105,13 @@ def _check_header(path: Path) -> None:
     for key, entry in header.items():
         if key == "__metadata__":
             continue
-        if entry["dtype"] not in _DTYPE_BYTES:
+        sizes = _NUMBER_BYTES if key.endswith(_NUMBER) else _DTYPE_BYTES
+        if entry["dtype"] not in sizes:
             raise FormatError(
                 f"{path}: '{key}' has dtype {entry['dtype']}; adapter weights are one of {', '.join(_DTYPE_BYTES)}."
             )
         begin, end = entry["data_offsets"]
-        wanted = prod(entry["shape"]) * _DTYPE_BYTES[entry["dtype"]]
+        wanted = prod(entry["shape"]) * sizes[entry["dtype"]]
         if end - begin != wanted:
             raise FormatError(
                 f"{path}: '{key}' declares shape {tuple(entry['shape'])} in {entry['dtype']}, which is {wanted} bytes, "

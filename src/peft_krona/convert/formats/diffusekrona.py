@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...errors import FormatError
+from ..file_names import is_old_diffusers_name
 from ..groups import complete
-from ..names import old_diffusers_name
 from ..record import LayerUpdate
 from .format import Factors, Format, Parts
 
@@ -27,7 +27,7 @@ def _read(name: str, parts: Parts, metadata: Mapping[str, str]) -> Factors:
 
     Source: github.com/IBM/DiffuseKronA (Apache-2.0), `KronALinearLayer`.
     """
-    if old_diffusers_name(name) is None:
+    if not is_old_diffusers_name(name):
         raise FormatError(f"'{name}.down.weight' is not a key of a released DiffuseKronA checkpoint.")
     down, up = complete(name, parts, _ENDINGS)
     if down.dim() != 2 or up.dim() != 2:

@@ -66,17 +66,53 @@ class Format:
     read_peft: Callable[[Mapping[str, Any], Mapping[str, Parts]], dict[str, Factors]] | None = None
 
 
-def scalar_alpha(name: str, alpha: torch.Tensor | None, rank: int) -> float:
-    """The value of an `.alpha` tensor; the rank where there is none, as every reader has it.
+def scalar_alpha(name: str, alpha: torch.Tensor | None, rank: int, metadata: Mapping[str, str] | None = None) -> float:
+    """The value of an `.alpha` tensor of any dtype and of shape (), (1,) or (1, 1).
+
+    Where there is none: what the file's header says, as some trainers put it there only, else the rank.
 
     Raises:
-        FormatError: if it is not one positive number.
+        FormatError: if it is not one finite positive number.
     """
     if alpha is None:
-        return float(rank)
-    if alpha.numel() != 1 or not float(alpha) > 0:
-        raise FormatError(f"'{name}.alpha' should be one positive number, got {alpha.tolist()}.")
-    return float(alpha)
+        return float(rank) if metadata is None else header_alpha(name, metadata) or float(rank)
+    value = float(alpha) if alpha.numel() == 1 else float("nan")
+    if not 0 < value < float("inf"):
+        shown = alpha.tolist() if alpha.numel() < 10 else f"a tensor of shape {tuple(alpha.shape)}"
+        raise FormatError(
+            f"'{name}.alpha' should be one positive number that is finite, as it scales this layer; got {shown}."
+        )
+    return value
+
+
+def header_alpha(name: str, metadata: Mapping[str, str]) -> float | None:
+    """The alpha that a file's header names for a layer: `<component>.lora_alpha`, `lora_alpha`, `network_alpha` or
+    `ss_network_alpha`, or `lora_alpha` in a JSON table; None if there is none.
+
+    Raises:
+        FormatError: if it is no finite positive number.
+    """
+    component = name.partition(".")[0]
+    tables: list[Mapping[str, Any]] = [metadata]
+    for text in metadata.values():
+        if text.lstrip().startswith("{") and "lora_alpha" in text:
+            try:
+                table = json.loads(text)
+            except (ValueError, RecursionError):
+                continue  # some other text in braces
+            if isinstance(table, dict):
+                tables += [table, *(part for part in table.values() if isinstance(part, dict))]
+    for key in (f"{component}.lora_alpha", "lora_alpha", "network_alpha", "ss_network_alpha"):
+        value = next((table[key] for table in tables if key in table and table[key] not in (None, "None", "")), None)
+        if value is not None:
+            try:
+                alpha = float(value)
+            except (TypeError, ValueError):
+                alpha = float("nan")
+            if not 0 < alpha < float("inf"):
+                raise FormatError(f"The header's {key} is {value!r}; expected a positive number.")
+            return alpha
+    return None
 
 
 def network_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:

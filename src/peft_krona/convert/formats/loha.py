@@ -7,15 +7,17 @@ of B, so A and B are each spread to the size of dW. Spreading repeats rows and c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 import torch
 
 from ...errors import FormatError
+from ..groups import complete
 from ..low_rank import low_rank
 from ..record import LayerUpdate
-from .format import Format, Parts, scalar_alpha
+from .format import Factors, Format, Parts, peft_setting, scalar_alpha
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
@@ -55,6 +57,40 @@ def _padded(matrix: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
     return torch.nn.functional.pad(matrix, (0, missing, 0, 0) if dim == 1 else (0, 0, 0, missing))
 
 
+def _read(name: str, parts: Parts, metadata: Mapping[str, str]) -> Factors:
+    """Exact: the elementwise product of matrices of ranks p and q is a LoRA of rank p q, one for each pair of terms.
+
+    Raises:
+        FormatError: names the layer: parts missing or with shapes that do not fit, DoRA, alpha not positive.
+    """
+    if "dora_scale" in parts:
+        raise FormatError(f"'{name}' is DoRA ('dora_scale'): it rescales the base weights and is no fixed update.")
+    w1_a, w1_b, w2_a, w2_b = (
+        factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in complete(name, parts, _FACTORS)
+    )
+    fits = all(factor.dim() == 2 and 0 not in factor.shape for factor in (w1_a, w1_b, w2_a, w2_b)) and (
+        (w1_a.shape[1], w2_a.shape[1], w1_a.shape[0], w1_b.shape[1])
+        == (w1_b.shape[0], w2_b.shape[0], w2_a.shape[0], w2_b.shape[1])
+    )
+    if not fits:
+        shapes = ", ".join(f"{ending} {tuple(parts[ending].shape)}" for ending in _FACTORS)
+        raise FormatError(f"'{name}': expected w1_a (out, p), w1_b (p, in), w2_a (out, q), w2_b (q, in), got {shapes}.")
+    up = torch.einsum("op,oq->pqo", w1_a, w2_a).reshape(-1, w1_a.shape[0], 1)
+    down = torch.einsum("pi,qi->pqi", w1_b, w2_b).reshape(-1, 1, w1_b.shape[1])
+    rank = w1_b.shape[0]
+    return Factors(up, down, scalar_alpha(name, parts.get("alpha"), rank, metadata) / rank)
+
+
+def _read_peft(config: Mapping[str, Any], groups: Mapping[str, Parts]) -> dict[str, Factors]:
+    factors = {}
+    for module, parts in groups.items():
+        alpha, r = (
+            peft_setting(config, *names, module) for names in (("alpha", "alpha_pattern"), ("r", "rank_pattern"))
+        )
+        factors[module] = _read(module, parts, {})._replace(scale=alpha / r)
+    return factors
+
+
 def _write(layers: Sequence[LayerUpdate], dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
     """Exact for one term a layer in either layout, rank max(rank A, rank B), alpha = rank."""
     written = []
@@ -74,9 +110,11 @@ def _delta(name: str, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
 LOHA = Format(
     name="loha",
     endings=_FACTORS,
-    refuses="in general is no sum of few Kronecker products. Use nearest_kronecker (or `extract` on two checkpoints) "
-    "for the best approximation of given factor sizes",
+    read=_read,
     write=_write,
     delta=_delta,
     kohya_network=("lycoris.kohya", {"algo": "loha"}),
+    peft_type="LOHA",
+    peft_endings=(_FACTORS, ()),
+    read_peft=_read_peft,
 )

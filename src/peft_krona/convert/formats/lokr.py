@@ -28,7 +28,7 @@ def _read(name: str, parts: Parts, metadata: Mapping[str, str]) -> Factors:
     Raises:
         FormatError: names the layer: sides missing or doubled, shapes that do not fit, DoRA, alpha not positive.
     """
-    w1, w2, scale = _sides(name, parts)
+    w1, w2, scale = _sides(name, parts, metadata)
     factor = _unfolded_scale(metadata)
     return Factors(w1[None], w2[None], scale if factor is None else scale * factor / w1.shape[1] ** 0.5)
 
@@ -46,7 +46,9 @@ def _read_peft(config: Mapping[str, Any], groups: Mapping[str, Parts]) -> dict[s
 _PEFT_SETTINGS = (("alpha", "alpha_pattern"), ("r", "rank_pattern"))
 
 
-def _sides(name: str, parts: Parts) -> tuple[torch.Tensor, torch.Tensor, float]:
+def _sides(
+    name: str, parts: Parts, metadata: Mapping[str, str] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """w1, w2 and s of one layer, with LyCORIS' meaning of alpha."""
     w1, w2, ranks = _sides_and_ranks(name, parts)
     if not ranks:
@@ -54,7 +56,7 @@ def _sides(name: str, parts: Parts) -> tuple[torch.Tensor, torch.Tensor, float]:
     if len(set(ranks.values())) > 1:
         raise FormatError(f"'{name}': w1 and w2 have different ranks {ranks}, so that alpha's meaning is not defined.")
     rank = next(iter(ranks.values()))
-    return w1, w2, scalar_alpha(name, parts.get("alpha"), rank) / rank
+    return w1, w2, scalar_alpha(name, parts.get("alpha"), rank, metadata) / rank
 
 
 def _sides_and_ranks(name: str, parts: Parts) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
@@ -167,7 +169,7 @@ def _refusal(layer: LayerUpdate) -> str:
 
 
 def _delta(name: str, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-    w1, w2, scale = _sides(name, {key: tensor.to(dtype) for key, tensor in parts.items()})
+    w1, w2, scale = _sides(name, {key: t if key == "alpha" else t.to(dtype) for key, t in parts.items()})
     return kron_delta_weight(w1[None], w2[None], scale=scale)
 
 

@@ -29,6 +29,7 @@ _DIALECTS = (
     ("lora_down.weight", "lora_up.weight"),
     ("lora_A.weight", "lora_B.weight"),
     ("down.weight", "up.weight"),
+    ("lora_embedding_A", "lora_embedding_B"),
 )
 
 
@@ -41,7 +42,8 @@ def _read(name: str, parts: Parts, metadata: Mapping[str, str]) -> Factors:
     down, up = _pair(name, parts)
     A, B = as_krona_terms(name, down, up)
     rank = down.shape[0]
-    return Factors(A, B, scalar_alpha(name, parts.get("alpha"), rank) / rank)
+    alpha = scalar_alpha(name, parts.get("alpha"), rank, metadata)
+    return Factors(A, B, alpha / (rank**0.5 if metadata.get("use_rslora", "").lower() == "true" else rank))
 
 
 def _pair(name: str, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,14 +55,58 @@ def _pair(name: str, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
     return complete(name, parts, endings)
 
 
-def _read_peft(config: Mapping[str, Any], groups: Mapping[str, Parts]) -> dict[str, Factors]:
-    if config.get("use_dora"):
+# Settings of a LoraConfig under which PEFT does not compute W + s B A, and what it computes.
+_OTHER_UPDATES = {
+    "use_dora": "DoRA rescales the base weights and is no fixed update",
+    "alora_invocation_tokens": "aLoRA acts on the tokens after an invocation only",
+    "use_qalora": "QA-LoRA sums groups of inputs before A",
+    "lora_bias": "lora_B has a bias, which is no update of a weight",
+    "layer_replication": "layers of the base model are repeated, and the names are those of the copies",
+    "target_parameters": "parameters are adapted that are no layer's weight",
+    "trainable_token_indices": "embeddings of single tokens were trained beside it",
+    "use_bdlora": "A or B is block-diagonal",
+    "arrow_config": "Arrow routes each token to some of several adapters",
+    "kasa_config": "KaSA has a diagonal between B and A",
+    "monteclora_config": "MonteCLoRA samples its weights",
+}
+# Settings that leave it W + s B A: s is alpha / r, or with rsLoRA alpha / sqrt(r).
+_PLAIN_SETTINGS = frozenset(
+    """
+    task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules
+    exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights
+    layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core loftq_config eva_config
+    corda_config lora_ga_config velora_config qalora_group_size ensure_weight_tying runtime_config
+    """.split()
+)
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def _check_peft(config: Mapping[str, Any]) -> None:
+    """Refuse a LoraConfig under which the update is not s B A."""
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_STARTS_THAT_CHANGE_THE_BASE):
         raise FormatError(
-            "adapter_config.json: use_dora is set; DoRA rescales the base weights and is no fixed update."
+            f"adapter_config.json: init_lora_weights={start!r} also changed the base weights, so that s B A is not the "
+            "update. In PEFT, save_pretrained(folder, path_initial_model_for_weight_conversion=...) makes a plain LoRA."
         )
+    if not any(start is known or (isinstance(start, str) and start.lower() == known) for known in _PLAIN_STARTS):
+        raise FormatError(f"adapter_config.json: init_lora_weights={start!r} is not known here, nor what it changes.")
+    for name, value in config.items():
+        if name in _OTHER_UPDATES and value:
+            raise FormatError(f"adapter_config.json: {name} is set; {_OTHER_UPDATES[name]}.")
+        if name not in _OTHER_UPDATES and name not in _PLAIN_SETTINGS and value:
+            raise FormatError(
+                f"adapter_config.json: {name}={value!r} is not known here; the update may be another than s B A. "
+                "Load and merge it with PEFT."
+            )
+
+
+def _read_peft(config: Mapping[str, Any], groups: Mapping[str, Parts]) -> dict[str, Factors]:
+    _check_peft(config)
     factors = {}
     for module, parts in groups.items():
-        A, B = as_krona_terms(module, parts["lora_A.weight"], parts["lora_B.weight"])
+        A, B = as_krona_terms(module, *_pair(module, parts))
         alpha = peft_setting(config, "lora_alpha", "alpha_pattern", module)
         factors[module] = Factors(A, B, alpha / (A.shape[0] ** 0.5 if config.get("use_rslora") else A.shape[0]))
     return factors
@@ -200,6 +246,6 @@ LORA = Format(
     delta=_delta,
     kohya_network=("networks.lora", {}),
     peft_type="LORA",
-    peft_endings=(("lora_A.weight", "lora_B.weight"), ()),
+    peft_endings=((), (*_DIALECTS[1], *_DIALECTS[3])),
     read_peft=_read_peft,
 )
