@@ -58,7 +58,8 @@ def test_split_and_fuse_back(a_out, a_in, b_out, b_in, r, layout, cuts, seed):
 
 @pytest.mark.parametrize("layout", ["kron", "diffusekrona"])
 @pytest.mark.parametrize(
-    ("a_out", "b_out", "n", "terms"), [(6, 5, 3, 1), (4, 6, 3, 3), (12, 4, 2, 1), (1, 9, 3, 1), (2, 9, 3, 2), (7, 4, 7, 1)]
+    ("a_out", "b_out", "n", "terms"),
+    [(6, 5, 3, 1), (4, 6, 3, 3), (12, 4, 2, 1), (1, 9, 3, 1), (2, 9, 3, 2), (7, 4, 7, 1)],
 )
 def test_equal_parts_take_one_term_where_n_divides_the_slow_factor(a_out, b_out, n, terms, layout):
     """n divides a_out: slices of A. Else at most n terms, as n (a prime here) divides b_out then."""

@@ -46,7 +46,7 @@ def export_for_other_tools(output: Path, kind: str, base_model: str, say: Callab
     try:
         adapter = read_adapter(output)
         base = base_of_folder(base_model) if os.path.isdir(base_model) else guess_base(adapter)
-        report = export(adapter, output / f"{output.resolve().name}.safetensors", to=kind, base=base)
+        report = export(adapter, output / f"{output.resolve().name}.safetensors", to=kind, base_model=base)
     except FormatError as error:
         say(f"Not exported as {kind}: {error}")
         return []
