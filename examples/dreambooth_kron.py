@@ -17,7 +17,6 @@ import functools
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -25,6 +24,12 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from examples.dreambooth.interrupts import end_at_once, exit_with, interrupts, left_to_the_main_process
+
+if __name__ == "__main__":
+    end_at_once()  # as long as it takes to import what follows
 
 import diffusers
 import torch
@@ -44,32 +49,13 @@ from diffusers.utils.import_utils import is_xformers_available
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from examples.dreambooth import TrainingError, adapters, card, data, demo, evaluate, objective, optim
 from examples.dreambooth.arguments import adapter_config, parse_args, public_settings, settings
-from examples.dreambooth.checkpoint import TEMPORARY, Checkpoints, clean, is_write_error, remove, replace_folder
+from examples.dreambooth.checkpoint import Checkpoints, is_write_error
 from examples.dreambooth.class_images import make_class_images
 from examples.dreambooth.exports import export_for_other_tools, remove_exports
-from examples.dreambooth.prompts import Denoiser, TextEmbeddings, is_sdxl, text_encoders, time_ids
-
-
-class Interrupt:
-    """Ctrl-C (and SIGTERM) in the block ends the training after the running update; a second one ends it at once."""
-
-    def __enter__(self) -> Interrupt:
-        self.requested = False
-        self.before = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def on_signal(self, number: int, frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *exc: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+from examples.dreambooth.files import TEMPORARY, aside, clean, remove, replace_folder
+from examples.dreambooth.prompts import Denoiser, TextEmbeddings, is_sdxl, say_cut, text_encoders, time_ids, windows
 
 
 def main(args: Any) -> dict[str, Any]:
@@ -95,7 +81,9 @@ def main(args: Any) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if accelerator.is_main_process:
         make_output(output)
-        clean(output)
+        for folder in (output, output / "validation"):
+            clean(folder)
+            interrupts.take_back.append(functools.partial(clean, folder))
     checkpoints = Checkpoints(accelerator, output, vars(args), args.checkpoints_total_limit, args.overwrite_output_dir)
     checkpoints.find(args.resume_from_checkpoint)  # before the slow parts, so that a mistake shows at once
     repo = card.create(name, args.hub_token) if args.push_to_hub and accelerator.is_main_process else None
@@ -122,22 +110,29 @@ def main(args: Any) -> dict[str, Any]:
         pictures = data.read_dataset(
             args.dataset_name, config=args.dataset_config_name, split=args.dataset_split, cache_dir=args.cache_dir,
             image_column=args.image_column, caption_column=args.caption_column, default_caption=args.instance_prompt,
+            say=say,
         )  # fmt: skip
     else:
-        pictures = data.read_folder(args.instance_data_dir, args.instance_prompt, args.caption_column)
+        pictures = data.read_folder(args.instance_data_dir, args.instance_prompt, args.caption_column, say=say)
     class_pictures = []
     if args.with_prior_preservation:
         make_class_images(
-            pipe, Path(args.class_data_dir), args.class_prompt, args.num_class_images, (resolution, resolution),
+            load_base, Path(args.class_data_dir), args.class_prompt, args.num_class_images, (resolution, resolution),
             accelerator, seed=args.seed, batch=args.sample_batch_size, precision=args.prior_generation_precision,
         )  # fmt: skip
-        class_pictures = data.read_folder(args.class_data_dir, args.class_prompt)[: args.num_class_images]
-        for picture in class_pictures:
-            picture.caption = args.class_prompt
+        found = data.read_folder(args.class_data_dir, args.class_prompt, captions=False, say=say)
+        class_pictures = found[: args.num_class_images]
+        if len(found) > len(class_pictures):
+            say(f"note: {len(found) - len(class_pictures)} class images more than --num_class_images are not used.")
     dataset = data.DreamBoothDataset(
         pictures, buckets, class_pictures, seed=args.seed, center_crop=args.center_crop, random_flip=args.random_flip,
         caption_dropout=args.caption_dropout, interpolation=args.image_interpolation_mode,
     )  # fmt: skip
+    small = data.enlarged(pictures, buckets)
+    if small:
+        say(f"note: {len(small)} images ({small[0]}, ...) are smaller than what they are brought to: enlarged.")
+    captions = [p.caption for p in (*pictures, *class_pictures)]
+    say_cut(windows(pipe), [*captions, *(args.validation_prompt or ())], say)
     batches = data.Batches(
         dataset, args.train_batch_size, accelerator.process_index, accelerator.num_processes, args.repeats, args.seed
     )
@@ -145,16 +140,16 @@ def main(args: Any) -> dict[str, Any]:
     for model in (pipe.vae, pipe.unet, *encoders.values()):
         model.requires_grad_(False)
     pipe.unet.to(device, dtype=weight_dtype)
-    aside = torch.device("cpu") if args.offload else device
-    pipe.vae.to(aside)  # stays in fp32: half precision makes NaN with SDXL's VAE
+    resting = torch.device("cpu") if args.offload else device
+    pipe.vae.to(resting)  # stays in fp32: half precision makes NaN with SDXL's VAE
     for encoder in encoders.values():
-        encoder.to(device if args.train_text_encoder else aside, dtype=weight_dtype)
+        encoder.to(device if args.train_text_encoder else resting, dtype=weight_dtype)
 
     denoiser = Denoiser(pipe)
     embed = TextEmbeddings(pipe, denoiser, args.train_text_encoder, device)
     if not args.train_text_encoder:
         with offload_models(*encoders.values(), device=device, offload=args.offload):
-            embed.precompute([p.caption for p in (*pictures, *class_pictures)] + [""] * (args.caption_dropout > 0))
+            embed.precompute(captions + [""] * (args.caption_dropout > 0))
         denoiser.encoders = torch.nn.ModuleList()  # frozen and no longer needed: out of the wrapper's sight
     if args.cache_latents:
         with offload_models(pipe.vae, device=device, offload=args.offload):
@@ -198,6 +193,8 @@ def main(args: Any) -> dict[str, Any]:
     epoch = max(batches.per_epoch, math.ceil(len(class_pictures) / batches.global_batch))
     steps_per_epoch = math.ceil(epoch / args.gradient_accumulation_steps)
     total = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    if args.lr_warmup_steps > total:
+        say(f"warning: --lr_warmup_steps {args.lr_warmup_steps} is longer than the training of {total} updates.")
     lr_scheduler = optim.build_schedule(
         optimizer, args.lr_scheduler, total, warmup_steps=args.lr_warmup_steps, cycles=args.lr_num_cycles,
         power=args.lr_power, step_rules=args.lr_step_rules,
@@ -241,7 +238,7 @@ def main(args: Any) -> dict[str, Any]:
     batches.stop = total * args.gradient_accumulation_steps
     loader = DataLoader(
         dataset, batch_sampler=batches, collate_fn=data.collate, num_workers=args.dataloader_num_workers,
-        generator=torch.Generator().manual_seed(args.seed),
+        generator=torch.Generator().manual_seed(args.seed), worker_init_fn=left_to_the_main_process,
     )  # fmt: skip
     count = sum(adapters.trainable(m) for m in trained.values())
     kind = type(pipe).__name__
@@ -270,7 +267,7 @@ def main(args: Any) -> dict[str, Any]:
     losses: list[torch.Tensor] = []
     loop_started = time.time()
     progress = tqdm(total=total, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
-    with Interrupt() as interrupt, progress as bar:
+    with interrupts.deferred(), progress as bar:  # Ctrl-C: after the update at hand
         for micro_step, batch in enumerate(loader, start=batches.start):
             # everything random in a micro-step follows from its number: nothing depends on what ran before it
             torch.manual_seed(
@@ -331,37 +328,39 @@ def main(args: Any) -> dict[str, Any]:
                 accelerator.wait_for_everyone()
             if step % args.checkpointing_steps == 0:
                 checkpoints.save(step)
-            if interrupt.requested:
+            if interrupts.requested:
                 accelerator.set_trigger()
             if accelerator.check_trigger():
                 break
-    seconds = time.time() - loop_started
-    interrupted = step < total
-    if interrupted:
-        saved = checkpoints.save(step)
-        say(f"Interrupted after {step} of {total} updates.")
-        if saved:
-            say(f"Saved {saved}; the same command with --resume_from_checkpoint latest goes on from there.")
+        seconds = time.time() - loop_started
+        if interrupted := step < total:
+            saved = checkpoints.save(step)
+            say(f"Interrupted after {step} of {total} updates.")
+            if saved:
+                say(f"Saved {saved}; the same command with --resume_from_checkpoint latest goes on from there.")
 
     # -- results -------------------------------------------------------------------------------------------------------
     optim.set_train_mode(optimizer, False)
     accelerator.wait_for_everyone()
     final = output / f"{TEMPORARY}final"
     try:
-        save_adapters(final)
-        if accelerator.is_main_process:
-            checkpoints.set_aside()
-            for old in remove_exports(output):
-                say(f"Removed {old}: it was made of earlier weights.")
-            for part in trained:
-                replace_folder(final / part, output / part)
-            final.rmdir()
-            remove_untrained(output, trained, say)
+        with interrupts.deferred(second_ends=False):  # all of it or nothing
+            save_adapters(final)
+            if accelerator.is_main_process:
+                checkpoints.set_aside()
+                for old in remove_exports(output):
+                    say(f"Removed {old}: it was made of earlier weights.")
+                for part in trained:
+                    replace_folder(final / part, output / part)
+                final.rmdir()
+                remove_untrained(output, trained, say)
     except Exception as error:
         if is_write_error(error):
             clean(output)
             raise TrainingError(checkpoints.write_message(output, error)) from error
         raise
+    if not interrupted:
+        interrupts.check()
     summary = {
         "pipeline": kind,
         "adapter": args.adapter_type,
@@ -384,13 +383,15 @@ def main(args: Any) -> dict[str, Any]:
             free_memory()
             saved_pipe = load_base(dtype=weight_dtype)
             adapters.load(saved_pipe, output)
+            saved_pipe.vae.to(torch.float32)
             images = validate("final", saved_pipe.to(device), step)
         card.write_card(
             output, name, args.adapter_type, base_model, args.instance_prompt, images, shown_prompts,
             public_settings(args), summary, [Path(f).name for f in files], args.train_text_encoder,
         )  # fmt: skip
         summary["total time, s"] = round(time.time() - started, 1)
-        (output / "training_summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        with aside(output / "training_summary.json") as path:
+            path.write_text(json.dumps(summary, indent=1) + "\n")
         width = max(map(len, summary))
         say(
             "\n".join(
@@ -455,31 +456,28 @@ def peak_memory() -> int:
 
 def run(argv: list[str]) -> int:
     """The command line: arguments, training, demo; mistakes end in one line, not in a traceback."""
-    try:
-        if not argv:
-            argv = ["--demo", demo.DEFAULT_SUBJECT]
-        args = parse_args(argv, demo.settings)
-        summary = main(args)
-        if summary["interrupted"]:
-            return 130
-        if args.demo and int(os.environ.get("RANK", 0)) == 0:
-            demo.judge_and_show(
-                args.demo, args.pretrained_model_name_or_path, Path(args.instance_data_dir), args.instance_prompt,
-                Path(args.output_dir), args.resolution,
-            )  # fmt: skip
-        return 0
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        print(f"error: {error}: free some disk space. What was saved before is whole.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted. Checkpoints and adapters saved before are whole.", file=sys.stderr)
-        return 130
+    with interrupts.handled():
+        try:
+            args = parse_args(argv or ["--demo", demo.DEFAULT_SUBJECT], demo.settings)
+            if main(args)["interrupted"]:
+                return interrupts.ended()
+            if args.demo and int(os.environ.get("RANK", 0)) == 0:
+                demo.judge_and_show(
+                    args.demo, args.pretrained_model_name_or_path, Path(args.instance_data_dir), args.instance_prompt,
+                    Path(args.output_dir), args.resolution,
+                )  # fmt: skip
+            return 0
+        except TrainingError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            print(f"error: {error}: free some disk space. What was saved before is whole.", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return interrupts.ended()
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    exit_with(run)

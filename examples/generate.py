@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import re
 import sys
 import tempfile
@@ -21,16 +22,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from examples.dreambooth.interrupts import end_at_once, exit_with, interrupts
+
+if __name__ == "__main__":
+    end_at_once()  # as long as it takes to import what follows
+
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from examples.dreambooth import TrainingError, adapters
 from examples.dreambooth.arguments import positive_int
-from examples.dreambooth.evaluate import for_sampling, load_pipeline
+from examples.dreambooth.evaluate import exact_decoding, for_sampling, load_pipeline, only_variant
+from examples.dreambooth.files import aside
+from examples.dreambooth.prompts import say_cut, windows
 from peft_krona import merged
 from peft_krona.convert import read_adapter
 from peft_krona.errors import KronAError
@@ -44,20 +52,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--adapter", help="Folder or file of a trained adapter, or an id on the Hub.")
     parser.add_argument("--pretrained_model_name_or_path", help="Base model; default: the one in the adapter's config.")
+    parser.add_argument("--variant", help="Variant of the base model's files; default: that which is there.")
+    parser.add_argument("--revision", help="Revision of the base model on the Hub.")
     parser.add_argument("--refiner", help="SDXL: a refiner pipeline for the last steps.")
-    parser.add_argument("--refiner_start", type=float, default=0.8, help="Share of the steps before the refiner.")
+    parser.add_argument("--refiner_start", type=share, default=0.8, help="Share of the steps before the refiner.")
     parser.add_argument("--prompt", nargs="+", required=True, help="One or more.")
     parser.add_argument("--negative_prompt", help="What not to show.")
     parser.add_argument("--seed", nargs="+", type=seed_number, default=[0], help="One or more (default: 0).")
-    parser.add_argument("--scale", type=float, default=1.0, help="Strength of the adapter; 0 is the base model.")
+    parser.add_argument("--scale", type=finite, default=1.0, help="Strength of the adapter; 0 is the base model.")
     parser.add_argument(
         "--merged", action="store_true", help="Merge the KronA adapter into the weights while sampling."
     )
     parser.add_argument("--compare", action="store_true", help="Also draw with the base model, rows side by side.")
     parser.add_argument("--num_inference_steps", type=positive_int, default=50, help="The paper's (default: 50).")
-    parser.add_argument("--guidance_scale", type=float, default=7.0, help="The paper finds 7 best (default).")
-    parser.add_argument("--height", type=int, help="Default: what the pipeline makes.")
-    parser.add_argument("--width", type=int, help="Default: what the pipeline makes.")
+    parser.add_argument("--guidance_scale", type=finite, default=7.0, help="The paper finds 7 best (default).")
+    parser.add_argument("--height", type=positive_int, help="Default: what the pipeline makes.")
+    parser.add_argument("--width", type=positive_int, help="Default: what the pipeline makes.")
     parser.add_argument("--batch_size", type=positive_int, default=4, help="Images at once (default: 4).")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="Default: fp16 on a GPU, else fp32.")
     parser.add_argument("--device", type=device_name, help="Default: the GPU, if there is one.")
@@ -70,6 +80,20 @@ def seed_number(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**64:
         raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**64 - 1, received {text!r}")
+    return value
+
+
+def finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, received {text!r}")
+    return value
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, received {text!r}")
     return value
 
 
@@ -95,7 +119,9 @@ def main(args: argparse.Namespace) -> list[Path]:
         check_merging(args.adapter, configs)
     base = args.pretrained_model_name_or_path or base_model(args.adapter, configs)
     output = writable_folder(args.output_dir)  # before the work, not after it
-    pipe = load_pipeline(base, dtype)
+    pipe = load_pipeline(base, dtype, variant=args.variant, revision=args.revision)
+    check_size(pipe, args.height, args.width)
+    say_cut(windows(pipe), [*args.prompt, *filter(None, [args.negative_prompt])], print)
     refiner = load_refiner(args, pipe, dtype)
     for part in filter(None, (pipe, refiner)):
         part.enable_model_cpu_offload(device=device) if args.offload else part.to(device)
@@ -114,12 +140,14 @@ def main(args: argparse.Namespace) -> list[Path]:
     for kind, images in rows:
         for i, ((prompt, seed), image) in enumerate(zip(jobs, images, strict=True)):
             path = output / f"{i // n + 1:02d}-{slug(prompt)}-{seed}-{kind}.png"
-            image.save(path)
+            with aside(path) as temporary:
+                image.save(temporary)
             files.append(path)
     # a row per prompt; with --compare two: base above adapter
     cells = [i for p in range(len(args.prompt)) for _, images in rows for i in images[p * n : p * n + n]]
     grid = output / "grid.png"
-    make_image_grid(cells, rows=len(cells) // n, cols=n).save(grid)
+    with aside(grid) as temporary:
+        make_image_grid(cells, rows=len(cells) // n, cols=n).save(temporary)
     print("\n".join(map(str, [*files, grid])))
     return [*files, grid]
 
@@ -204,13 +232,32 @@ def writable_folder(path: str) -> Path:
     return folder
 
 
+def check_size(pipe: Any, height: int | None, width: int | None) -> None:
+    """That the pipeline makes images of this size, and not of one near it.
+
+    Raises:
+        TrainingError: names the sizes that it makes.
+    """
+    multiple = pipe.vae_scale_factor * 2 if getattr(pipe, "transformer", None) is not None else 8
+    multiple = math.lcm(multiple, pipe.vae_scale_factor)
+    for flag, value in (("height", height), ("width", width)):
+        if value is not None and value % multiple:
+            below = value // multiple * multiple
+            near = [str(size) for size in (below, below + multiple) if size]
+            raise TrainingError(
+                f"--{flag} {value}: a {type(pipe).__name__} makes multiples of {multiple}; give {' or '.join(near)}."
+            )
+
+
 def load_refiner(args: argparse.Namespace, pipe: Any, dtype: torch.dtype) -> Any:
     if not args.refiner:
         return None
     if getattr(pipe, "text_encoder_2", None) is None:
         raise TrainingError(f"--refiner is for SDXL; the base model is a {type(pipe).__name__}.")
     try:  # the refiner's second text encoder and VAE are the base's
-        refiner = DiffusionPipeline.from_pretrained(args.refiner, vae=pipe.vae)
+        refiner = DiffusionPipeline.from_pretrained(
+            args.refiner, vae=pipe.vae, variant=only_variant(Path(args.refiner))
+        )
     except (OSError, ValueError) as error:
         raise TrainingError(f"--refiner {args.refiner} could not be loaded: {error}") from error
     return refiner.to(dtype)
@@ -230,9 +277,10 @@ def draw(pipe: Any, refiner: Any, jobs: list[tuple[str, int]], args: argparse.Na
         if args.negative_prompt is not None:
             settings["negative_prompt"] = [args.negative_prompt] * len(part)
         size = {"height": args.height, "width": args.width}
-        with torch.no_grad(), for_sampling(pipe):
+        with torch.no_grad(), for_sampling(pipe), exact_decoding(pipe.vae) as whole:
             if refiner is None:
                 images += pipe(**settings, **size, generator=generators(part)).images
+                check_finite(part, whole)
                 continue
             latents = pipe(
                 **settings, **size, generator=generators(part), denoising_end=args.refiner_start, output_type="latent"
@@ -241,7 +289,18 @@ def draw(pipe: Any, refiner: Any, jobs: list[tuple[str, int]], args: argparse.Na
                 images += refiner(
                     **settings, image=latents, generator=generators(part), denoising_start=args.refiner_start
                 ).images
+            check_finite(part, whole)
     return images
+
+
+def check_finite(jobs: list[tuple[str, int]], whole: list[bool]) -> None:
+    """Raises TrainingError if an image would be black because its values are not finite."""
+    if not all(whole):
+        prompt, seed = jobs[whole.index(False)]
+        raise TrainingError(
+            f"The image of {prompt!r}, seed {seed}, has values that are not finite: try --dtype bf16 or fp32, or "
+            "another --scale."
+        )
 
 
 def generators(jobs: list[tuple[str, int]]) -> list[torch.Generator]:
@@ -267,16 +326,16 @@ def slug(prompt: str) -> str:
 
 
 def run(argv: list[str]) -> int:
-    try:
-        main(build_parser().parse_args(argv))
-        return 0
-    except (TrainingError, KronAError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
+    with interrupts.handled():
+        try:
+            main(build_parser().parse_args(argv))
+            return 0
+        except (TrainingError, KronAError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return interrupts.ended()
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    exit_with(run)

@@ -8,4 +8,4 @@ class TrainingError(Exception):
 
 def one_line(error: BaseException) -> str:
     """The message of another library, to be quoted in ours."""
-    return " ".join(str(error).split()).rstrip(".")
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -32,7 +32,7 @@ SCHEDULES = (
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 # diffusers' default is 1e-4 for LoRA; 5e-4 is the DiffuseKronA paper's optimum
 LEARNING_RATES = {"krona": 5e-4, "lokr": 5e-4, "lora": 1e-4}
-BETAS, EPSILON = (0.9, 0.999), 1e-8
+BETAS, EPSILON, USUAL_DECAY = (0.9, 0.999), 1e-8, 1e-2
 SECRETS = ("hub_token",)
 # of this machine: nobody else's business, so neither in the adapter's file nor on its card
 LOCAL = (
@@ -50,7 +50,17 @@ KRONA_FLAGS = ("krona_a_out", "krona_a_in", "strict_factors", "scaling", "init_w
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": r"to_out\.0"}
-CLASS_FLAGS = ("class_data_dir", "class_prompt")
+CLASS_FLAGS = (
+    "class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight", "prior_generation_precision",
+    "sample_batch_size",
+)  # fmt: skip
+DATASET_FLAGS = ("dataset_config_name", "dataset_split", "image_column")
+PRODIGY_FLAGS = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
+VALIDATION_FLAGS = (
+    "num_validation_images", "validation_epochs", "validation_steps", "validation_inference_steps",
+    "validation_guidance_scale",
+)  # fmt: skip
+WARMING_UP = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup")
 TEXT_FLAGS = ("text_encoder_lr", "text_encoder_target_modules", "adam_weight_decay_text_encoder")
 
 
@@ -221,7 +231,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--adam_beta1", type=float, default=BETAS[0], help="Also Prodigy's and schedule-free's.")
     group.add_argument("--adam_beta2", type=float, default=BETAS[1], help="The same.")
     group.add_argument("--adam_epsilon", type=float, default=EPSILON, help="The same.")
-    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="For every optimizer that has it.")
+    group.add_argument("--adam_weight_decay", type=float, default=USUAL_DECAY, help="For every optimizer that has it.")
     group.add_argument("--adam_weight_decay_text_encoder", type=float, help="Default: --adam_weight_decay.")
     group.add_argument("--prodigy_beta3", type=float, help="Default: the root of beta2.")
     for name in ("decouple", "use_bias_correction", "safeguard_warmup"):
@@ -293,6 +303,9 @@ def check(args: argparse.Namespace) -> None:
     for name in AT_LEAST_0:
         value = getattr(args, name)
         require(value is None or value >= 0, f"--{name} {value}: expected at least 0.")
+    for name, value in vars(args).items():
+        finite = not isinstance(value, float) or math.isfinite(value) or name in ("max_grad_norm", "noise_offset")
+        require(finite or name in ABOVE_0, f"--{name} {value}: expected a finite number.")
     for name in ABOVE_0:
         value = getattr(args, name)
         require(value is None or 0 < value < math.inf, f"--{name} {value}: expected a number above 0.")
@@ -338,12 +351,28 @@ def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
     def given(names: Sequence[str]) -> list[str]:
         return [f"--{name}" for name in names if getattr(args, name) != parser.get_default(name)]
 
-    kind = args.adapter_type
+    kind, schedule, optimizer = args.adapter_type, args.lr_scheduler, args.optimizer.lower()
     cases = (
         (KRONA_FLAGS, kind != "krona", "only with --adapter_type krona"),
         (("module_dropout",), kind == "lora", "only with --adapter_type krona or lokr"),
         (("lokr_factor",), kind != "lokr", "only with --adapter_type lokr"),
         (CLASS_FLAGS, not args.with_prior_preservation, "only with --with_prior_preservation"),
+        (DATASET_FLAGS, not args.dataset_name, "only with --dataset_name"),
+        (("num_train_epochs",), args.max_train_steps, "--max_train_steps overrides it"),
+        (
+            ("lr_warmup_steps",),
+            schedule not in WARMING_UP and optimizer != "schedulefree",
+            f"only with --lr_scheduler {', '.join(WARMING_UP)}, or --optimizer schedulefree",
+        ),
+        (("lr_num_cycles",), schedule != "cosine_with_restarts", "only with --lr_scheduler cosine_with_restarts"),
+        (("lr_power",), schedule != "polynomial", "only with --lr_scheduler polynomial"),
+        (("lr_step_rules",), schedule != "piecewise_constant", "only with --lr_scheduler piecewise_constant"),
+        (PRODIGY_FLAGS, optimizer != "prodigy", "only with --optimizer prodigy"),
+        (VALIDATION_FLAGS, not args.validation_prompt, "only with --validation_prompt"),
+        (("validation_epochs",), args.validation_steps and args.validation_prompt, "--validation_steps overrides it"),
+        (("hub_token",), not args.push_to_hub, "only with --push_to_hub"),
+        (("logging_dir",), args.report_to == "none", "only with a tracker in --report_to"),
+        (("revision",), os.path.isdir(args.pretrained_model_name_or_path), "the model is a folder on this disk"),
         (TEXT_FLAGS, not args.train_text_encoder, "only with --train_text_encoder"),
     )
     return [f"{', '.join(given(names))} has no effect: {why}." for names, idle, why in cases if idle and given(names)]

@@ -12,13 +12,14 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image
 
 from . import TrainingError, one_line
+from .files import aside
 
 NAMES = {"krona": "KronA (Kronecker)", "lora": "LoRA", "lokr": "LoKr"}
 BODY = """# {{ name }}
 
 <Gallery />
 
-{{ kind }} weights for [{{ base_model }}](https://huggingface.co/{{ base_model }}), trained with
+{{ kind }} weights for {{ base_link }}, trained with
 [DreamBooth](https://dreambooth.github.io/). Text encoder trained: {{ text_encoder }}.
 
 ## Trigger
@@ -68,6 +69,12 @@ def base_model_name(path: str, output: Path) -> str:
     return Path(os.path.relpath(folder, output.resolve())).as_posix()
 
 
+def link(base_model: str) -> str:
+    """To the Hub, if that is where it is."""
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model)
+    return f"[{base_model}](https://huggingface.co/{base_model})" if is_id else f"`{base_model}`"
+
+
 def usage(kind: str, base_model: str, prompt: str) -> str:
     lines = [
         "from diffusers import DiffusionPipeline",
@@ -88,7 +95,7 @@ def write_card(
     kind: str,
     base_model: str,
     trigger: str | None,
-    images: list[Image.Image],
+    images: list[Image.Image | None],
     prompts: list[str],
     settings: dict,
     summary: dict,
@@ -102,7 +109,10 @@ def write_card(
     trigger = trigger or "(see the captions of the training images)"
     widget = []
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=False)):
-        image.save(folder / f"image_{i}.png")
+        if image is None:
+            continue
+        with aside(folder / f"image_{i}.png") as temporary:
+            image.save(temporary)
         widget.append({"text": prompt, "output": {"url": f"image_{i}.png"}})
     data = ModelCardData(
         library_name="diffusers",
@@ -114,6 +124,7 @@ def write_card(
         data,
         template_str="---\n{{ card_data }}\n---\n\n" + BODY,
         name=name,
+        base_link=link(base_model),
         kind=NAMES[kind],
         text_encoder=text_encoder,
         prompt=trigger,
@@ -126,7 +137,8 @@ def write_card(
     tags = ["text-to-image", "diffusers", "diffusers-training", "dreambooth", kind, family]
     populate_model_card(card, tags=[*tags, "template:sd-lora"])
     path = folder / "README.md"
-    card.save(path)
+    with aside(path) as temporary:
+        card.save(temporary)
     return path
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that are whole or not there: written under another name, then renamed."""
+"""Checkpoints: whole or not there, checked before they are used."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -10,14 +11,15 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
 from . import TrainingError, one_line
+from .files import TEMPORARY, remove, replace_folder
 
 STATE = "training_state.json"
-TEMPORARY = ".tmp-"  # names that start so are unfinished and never read
+CHECKSUMS = "checksums.json"  # {file: [bytes, SHA-256]} of everything else in the checkpoint
 ABANDONED = "abandoned-"  # a checkpoint that was newer than the one that a run went on from
 # what has no part in the weights; in everything else a resumed run must be the run that was stopped
 FREE = frozenset((
@@ -41,43 +43,6 @@ def is_write_error(error: BaseException) -> bool:
     )
 
 
-def replace_folder(source: Path, target: Path) -> None:
-    """Put a finished folder in its place; what was there goes only after."""
-    old = target.with_name(f"{TEMPORARY}old-{target.name}")
-    remove(old)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(source, target)
-    remove(old)
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder; renamed first, so that a half deleted one does not look like a whole one."""
-    if folder.is_symlink():  # what it leads to lies elsewhere and is left alone
-        folder.unlink()
-    if not folder.exists():
-        return
-    if not folder.name.startswith(TEMPORARY):
-        hidden = folder.with_name(f"{TEMPORARY}delete-{folder.name}")
-        if hidden.exists():
-            shutil.rmtree(hidden)
-        os.replace(folder, hidden)
-        folder = hidden
-    shutil.rmtree(folder)
-
-
-def clean(output: Path) -> None:
-    """Remove what a killed run left half written. A folder that was being replaced gets its old content back."""
-    for path in output.glob(f"{TEMPORARY}*"):
-        original = output / path.name.removeprefix(f"{TEMPORARY}old-")
-        if path.name.startswith(f"{TEMPORARY}old-") and not original.exists():
-            os.replace(path, original)
-        elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 def checkpoints(output: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     found = [(int(m[1]), p) for p in output.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
@@ -98,6 +63,46 @@ def read_state(path: Path) -> dict[str, Any]:
             f"{path / STATE} is damaged ({error!r}): expected JSON with step and settings; resume from another "
             "checkpoint."
         ) from error
+
+
+def write_checksums(folder: Path) -> None:
+    found = {
+        path.relative_to(folder).as_posix(): checksum(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    (folder / CHECKSUMS).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def checksum(path: Path) -> list:
+    with path.open("rb") as file:
+        return [path.stat().st_size, sha256(file)]
+
+
+def sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):  # hashlib.file_digest is of Python 3.11
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """What is not as it was saved, as a sentence; None if all is (or nothing was noted down, by an older version)."""
+    try:
+        noted = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        expected = {name: (int(size), str(digest)) for name, (size, digest) in noted.items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{folder / CHECKSUMS} is damaged ({error!r})"
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is damaged (the file is missing)"
+        found = checksum(path)
+        if found[0] != size:
+            return f"{path} is damaged ({found[0]:,} bytes; {size:,} were saved)"
+        if found[1] != digest:
+            return f"{path} is damaged (its content is not what was saved: the SHA-256 sums differ)"
+    return None
 
 
 class Checkpoints:
@@ -146,6 +151,7 @@ class Checkpoints:
                     also(temporary)
                 state = {"step": step, "settings": self.fingerprint()}
                 (temporary / STATE).write_text(json.dumps(state, indent=1, default=str))
+                write_checksums(temporary)
             self.accelerator.wait_for_everyone()
             if main:
                 replace_folder(temporary, final)
@@ -190,8 +196,21 @@ class Checkpoints:
         """The checkpoint to resume from; None: start anew.
 
         Raises:
-            TrainingError: if `wanted` is no checkpoint, or if there are checkpoints that a new run would mix with.
+            TrainingError: if `wanted` is no checkpoint, or a damaged one, or if there are checkpoints that a new run
+                would mix with.
         """
+        path = self.named(wanted)
+        problem = damage(path) if path else None
+        if problem:
+            whole = [p for p in checkpoints(self.output) if p != path and not damage(p)]
+            advice = "choose another --output_dir, or start anew with --overwrite_output_dir; no other is whole"
+            if whole:
+                advice = f"the newest whole one is taken by --resume_from_checkpoint {whole[-1].name}"
+            raise TrainingError(f"{problem}: resume from another checkpoint ({advice}).")
+        return path
+
+    def named(self, wanted: str | None) -> Path | None:
+        """The checkpoint of that name, whether damaged or not."""
         here = checkpoints(self.output)
         if wanted is None:
             self.start_anew(here)

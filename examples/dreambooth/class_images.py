@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,15 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from . import TrainingError
-from .data import image_files
 from .evaluate import for_sampling, sample
+from .files import aside
+from .images import image_files
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def make_class_images(
-    pipe: Any,
+    load: Callable[..., Any],
     folder: Path,
     prompt: str,
     count: int,
@@ -33,6 +34,7 @@ def make_class_images(
     """Fill `folder` up to `count` images of `size` (height, width), split over the processes.
 
     Image number i has seed `seed` + i, whichever process makes it, so a stopped run goes on where it was.
+    `load(dtype=...)`: a pipeline of their own, as half precision would round the weights of the one that is trained.
     `precision`: of the models, a key of PRECISIONS; None: fp16 on a GPU, else fp32.
     """
     try:
@@ -51,8 +53,7 @@ def make_class_images(
     accelerator.print(f"Generating {len(todo)} class images in {folder}: {prompt}")
     default = torch.float16 if accelerator.device.type == "cuda" else torch.float32
     dtype = PRECISIONS.get(precision, default)
-    before = pipe.dtype
-    pipe.to(accelerator.device, dtype)
+    pipe = load(dtype=dtype).to(accelerator.device)
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     with for_sampling(pipe):
         bar = tqdm(total=len(mine), desc="Class images", disable=not accelerator.is_local_main_process)
@@ -62,9 +63,8 @@ def make_class_images(
             images = sample(pipe, [prompt] * len(numbers), seeds, size, num_inference_steps=50)
             for number, image in zip(numbers, images, strict=True):
                 path = folder / f"class-{number:05d}.png"
-                image.save(folder / f".{path.name}", format="PNG")
-                os.replace(folder / f".{path.name}", path)
+                with aside(path) as temporary:
+                    image.save(temporary, format="PNG")
             bar.update(len(numbers))
         bar.close()
-    pipe.to("cpu", before)
     accelerator.wait_for_everyone()

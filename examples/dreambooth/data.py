@@ -8,10 +8,10 @@ one process with the same global batch sees.
 
 from __future__ import annotations
 
+import functools
 import itertools
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
 
 from . import TrainingError, one_line
+from .captions import Captions
+from .images import SUFFIXES, UNREADABLE, alterations, as_rgb, image_files, open_image, read_image
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 Size = tuple[int, int]  # height, width
-# what PIL raises for files that are no images, are cut off, or are larger than its limit
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+LARGEST = 2**27  # pixels of a resized image before it is cropped; some 400 MB
 
 
 @dataclass
@@ -45,49 +45,18 @@ class Picture:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def open_image(path: Path) -> Image.Image:
-    """The image as RGB, upright, transparent parts white.
+def read_folder(
+    folder: str | Path,
+    default_caption: str | None,
+    caption_column: str | None = None,
+    *,
+    captions: bool = True,
+    say: Callable[[str], None] = print,
+) -> list[Picture]:
+    """Images with their captions, or `default_caption`; with `captions=False` all have that.
 
-    Raises:
-        TrainingError: names a file that is no image.
+    What is in the folder and not used, or used in another form than it has, is said once, with a count.
     """
-    try:
-        with Image.open(path) as image:
-            return as_rgb(image)
-    except UNREADABLE as error:
-        raise TrainingError(
-            f"{path} cannot be read as an image ({error}). Replace it, or remove it from the folder."
-        ) from error
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    # 16-bit greyscale, which old versions of PIL open as "I"; its own conversion cuts off at 255: all becomes white
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The images of a folder: those in it or, if there are none, those in its `input` folder.
-
-    Other folders, `generated` above all, are left alone.
-    """
-    if folder.is_file():
-        return [folder]
-    for place in (folder, folder / "input"):
-        found = sorted(p for p in place.glob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-        if found:
-            return found
-    return []
-
-
-def read_folder(folder: str | Path, default_caption: str | None, caption_column: str | None = None) -> list[Picture]:
-    """Images with captions from metadata.jsonl, from NAME.txt beside NAME.png, or `default_caption`."""
     folder = Path(folder)
     if not folder.exists():
         raise TrainingError(f"{folder} does not exist: --instance_data_dir expects a folder of images, or one image.")
@@ -99,52 +68,65 @@ def read_folder(folder: str | Path, default_caption: str | None, caption_column:
             f"{folder} has no images, nor has {folder / 'input'}; expected files ending in "
             f"{', '.join(sorted(SUFFIXES))}.{hint}"
         )
-    table = files[0].parent / "metadata.jsonl"
-    if caption_column and not table.is_file():
-        raise TrainingError(
-            f"--caption_column {caption_column!r}: expected {table} with that key, which does not exist; write it "
-            "or drop the flag."
-        )
-    metadata = read_metadata(table, caption_column or "text")
+    remarks: dict[str, list[str]] = {}
+    written = Captions(files, caption_column) if captions else None
     pictures = []
     for path in files:
-        caption, sidecar = metadata.get(path.name), path.with_suffix(".txt")
-        if not caption and sidecar.is_file():
-            caption = read_text(sidecar).strip()
-        pictures.append(
-            Picture(
-                lambda path=path: open_image(path), str(path), caption or default_caption, size_of(open_image(path))
-            )
-        )
+        image, altered = read_image(path)
+        for what in altered:
+            remarks.setdefault(f"images {what}", []).append(path.name)
+        caption = (written.of.get(path) if written else None) or default_caption
+        pictures.append(Picture(functools.partial(open_image, path), str(path), caption, size_of(image)))
+    if written:
+        remarks |= written.remarks
+        without = [path.name for path in files if path not in written.of]
+        if written.of and without and default_caption:
+            remarks["images without a caption, which get the prompt for all"] = without
+    if folder.is_dir():
+        used = {*files, *(written.used if written else ())}
+        others = sorted(p for p in files[0].parent.iterdir() if p not in used)
+        if files[0].parent != folder:  # the images are those of its `input` folder
+            others += sorted(p for p in folder.iterdir() if p != files[0].parent)
+        remarks["folders left aside"] = [p.name for p in others if p.is_dir()]
+        remarks["other files left aside"] = [p.name for p in others if not p.is_dir()]
+    say_remarks(str(folder), remarks, say)
     return check_captions(pictures)
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
-    except UnicodeDecodeError as error:
-        raise TrainingError(f"{path} is not UTF-8 text ({error}): save it as UTF-8.") from error
+def say_remarks(where: str, remarks: Mapping[str, Sequence[str]], say: Callable[[str], None]) -> None:
+    """One line: how many of what, and the first names."""
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in remarks.items()
+        if names
+    ]
+    if parts:
+        say(f"note: {where}: {'; '.join(parts)}.")
 
 
-def read_metadata(path: Path, column: str) -> dict[str, str]:
-    """{file name: caption} of a metadata.jsonl as `datasets` has it; empty if there is none."""
-    if not path.is_file():
-        return {}
-    captions = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
+@dataclass(frozen=True)
+class DatasetImage:
+    """Loads an image of a dataset; unlike a function made in place, a worker process can be sent it."""
+
+    dataset: Any
+    name: str
+    column: str
+    index: int
+
+    def read(self) -> tuple[Image.Image, list[str]]:
         try:
-            row = json.loads(line)
-            captions[row["file_name"]] = caption = row[column]
-            if not isinstance(caption, str | None):
-                raise TypeError(f"{column!r} is {caption!r}, not a text")
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            image = self.dataset[self.index][self.column]
+            if isinstance(image, Image.Image):
+                return as_rgb(image), alterations(image)
+        except UNREADABLE as error:
             raise TrainingError(
-                f"{path}, line {number}: expected a JSON object with file_name and {column!r} ({error!r}); choose "
-                "another key with --caption_column."
+                f"{self.name}[{self.index}] cannot be read as an image ({error}). Replace it, or remove it from the "
+                "dataset."
             ) from error
-    return captions
+        raise TrainingError(f"Column {self.column!r} holds {type(image).__name__}, not images; set --image_column.")
+
+    def __call__(self) -> Image.Image:
+        return self.read()[0]
 
 
 def read_dataset(
@@ -156,6 +138,7 @@ def read_dataset(
     image_column: str = "image",
     caption_column: str | None = None,
     default_caption: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> list[Picture]:
     """Images and captions of a dataset on the Hub or on disk."""
     try:
@@ -176,28 +159,20 @@ def read_dataset(
     for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column is not None and column not in data.column_names:
             raise TrainingError(f"--{flag} {column!r}: the dataset's columns are {', '.join(data.column_names)}.")
-    pictures = []
+    pictures: list[Picture] = []
+    remarks: dict[str, list[str]] = {}
     captions = data[caption_column] if caption_column else [None] * len(data)
     for i, caption in enumerate(captions):
-
-        def load(i: int = i) -> Image.Image:
-            try:
-                image = data[i][image_column]
-                if isinstance(image, Image.Image):
-                    return as_rgb(image)
-            except UNREADABLE as error:
-                raise TrainingError(
-                    f"{name}[{i}] cannot be read as an image ({error}). Replace it, or remove it from the dataset."
-                ) from error
-            raise TrainingError(
-                f"Column {image_column!r} holds {type(image).__name__}, not images; set --image_column."
-            )
-
+        load = DatasetImage(data, name, image_column, i)
+        image, altered = load.read()
+        for what in altered:
+            remarks.setdefault(f"images {what}", []).append(f"[{i}]")
         if not isinstance(caption, str | None):
             raise TrainingError(f"{name}[{i}]: --caption_column {caption_column!r} is {caption!r}, not a text.")
-        pictures.append(Picture(load, f"{name}[{i}]", caption or default_caption, size_of(load())))
+        pictures.append(Picture(load, f"{name}[{i}]", caption or default_caption, size_of(image)))
     if not pictures:
         raise TrainingError(f"--dataset_name {name}: split {split!r} is empty.")
+    say_remarks(name, remarks, say)
     return check_captions(pictures)
 
 
@@ -243,6 +218,13 @@ def choose_buckets(text: str | None, resolution: int, multiple: int) -> list[Siz
     return buckets
 
 
+def enlarged(pictures: Sequence[Picture], buckets: Sequence[Size]) -> list[str]:
+    """Names of the pictures that are smaller than the shape that they are brought to."""
+    return [
+        Path(p.name).name for p in pictures if any(own < to for own, to in zip(p.size, buckets[p.bucket], strict=True))
+    ]
+
+
 def fit(
     image: Image.Image, size: Size, corner: tuple[float, float] | None, flip: bool, resample: str
 ) -> tuple[torch.Tensor, Size]:
@@ -253,16 +235,25 @@ def fit(
     height, width = size
     scale = max(height / image.height, width / image.width)
     covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    image = image.resize(covering, Image.Resampling[resample.upper()])
-    if flip:
-        image = ImageOps.mirror(image)
-    free = image.height - height, image.width - width
+    free = covering[1] - height, covering[0] - width
     top, left = (
         (round(f / 2) for f in free)
         if corner is None
         else (int(c * (f + 1)) for c, f in zip(corner, free, strict=True))
     )
-    image = image.crop((left, top, left + width, top + height))
+    filter_ = Image.Resampling[resample.upper()]
+    if covering[0] * covering[1] <= LARGEST:
+        image = image.resize(covering, filter_)
+        image = ImageOps.mirror(image) if flip else image
+        image = image.crop((left, top, left + width, top + height))
+    else:  # a long strip: only the part that is wanted
+        x = covering[0] - left - width if flip else left
+        box = (x / covering[0], top / covering[1], (x + width) / covering[0], (top + height) / covering[1])
+        sides = image.width, image.height
+        image = image.resize(
+            (width, height), filter_, tuple(min(f * s, s) for f, s in zip(box, sides * 2, strict=True))
+        )
+        image = ImageOps.mirror(image) if flip else image
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
     return pixels, (top, left)
 

@@ -10,8 +10,9 @@ from typing import Any
 from PIL import Image
 
 from . import TrainingError, adapters
-from .data import image_files, open_image
 from .evaluate import for_sampling, labelled_rows, load_pipeline, sample
+from .files import aside
+from .images import image_files, open_image
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 PIPELINE = ASSETS / "emoji-sd"
@@ -114,8 +115,9 @@ def judge_and_show(
 
     instances = [open_image(path) for path in image_files(instance_images)]
     grid = show(instances, prompts, images, output / "grid.png")
-    (output / "table.txt").write_text(table + "\n")
-    (output / "table.json").write_text(json.dumps(shares, indent=1) + "\n")
+    for name, text in (("table.txt", table), ("table.json", json.dumps(shares, indent=1))):
+        with aside(output / name) as temporary:
+            temporary.write_text(text + "\n")
     print(f"\nBackgrounds that no instance image has, {n} seeds each; a judge that was trained apart says what it sees")
     print(f"(right subject: {concept!r} is its first guess of {len(judge.names)} names):\n\n{table}\n")
     print(f"adapter: {output / 'unet'}")
@@ -134,5 +136,6 @@ def show(instances: list[Image.Image], prompts: dict[str, str], images: dict[str
         rows.append(
             (f"{words[0]}\non {words[-1]}\nbase | personalized", images["base"][part] + images["personalized"][part])
         )
-    labelled_rows(rows).save(path)
+    with aside(path) as temporary:
+        labelled_rows(rows).save(temporary)
     return path

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 
 from . import TrainingError, one_line
+from .files import TEMPORARY, remove, replace_folder
 
 
 def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
@@ -29,6 +31,9 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **kwargs: Any) 
         what = "has no model_index.json" if os.path.isdir(path) else "does not exist"
         raise TrainingError(f"{path} {what}: expected the folder of a diffusers pipeline, or an id on the Hub.")
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    if "variant" not in kwargs and (variant := only_variant(Path(path))):
+        print(f"note: {path} has weights of the variant {variant} only, which are taken.")
+        kwargs["variant"] = variant
     try:
         config = DiffusionPipeline.load_config(
             path, **{k: v for k, v in kwargs.items() if k in ("revision", "cache_dir")}
@@ -44,6 +49,18 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **kwargs: Any) 
             f"{path} is a {type(pipe).__name__} without {', '.join(missing)}; expected Stable Diffusion 1.x, 2.x or XL."
         )
     return pipe.to(dtype)  # files may be in another dtype
+
+
+def only_variant(folder: Path) -> str | None:
+    """The variant, "fp16" for one, of a local folder's weights where some component has no plain ones."""
+    weights = re.compile(
+        r"(?:diffusion_pytorch_model|model|pytorch_model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+    )
+    by_folder: dict[Path, set[str | None]] = {}
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        if found := weights.fullmatch(path.name):
+            by_folder.setdefault(path.parent, set()).add(found[1])
+    return next((min(names) for names in by_folder.values() if None not in names), None)
 
 
 def base_pipeline(
@@ -63,7 +80,9 @@ def base_pipeline(
     pipe = load_pipeline(path, dtype, revision=revision, variant=variant, cache_dir=cache_dir)
     if vae:
         try:
-            pipe.vae = AutoencoderKL.from_pretrained(vae, cache_dir=cache_dir).to(dtype)
+            pipe.vae = AutoencoderKL.from_pretrained(vae, cache_dir=cache_dir, variant=only_variant(Path(vae))).to(
+                dtype
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise TrainingError(
                 f"--pretrained_vae_model_name_or_path {vae}: expected the folder of an AutoencoderKL, or its id on the "
@@ -87,35 +106,84 @@ def for_sampling(pipe: Any) -> Iterator[Any]:
             module.train(was)
 
 
+@contextlib.contextmanager
+def exact_decoding(vae: torch.nn.Module) -> Iterator[list[bool]]:
+    """Let the VAE decode in its own dtype and outside of autocast: SDXL's overflows in half precision, to black images.
+
+    Gives a list that has, for every image decoded in the block, whether all of it is finite.
+    """
+    finite: list[bool] = []
+    decode = vae.decode
+
+    def in_its_own_dtype(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            decoded = decode(latents.to(vae.dtype), *args, **kwargs)
+        finite.extend(decoded[0].isfinite().flatten(1).all(1).tolist())
+        return decoded
+
+    vae.decode = in_its_own_dtype
+    try:
+        yield finite
+    finally:
+        del vae.decode  # the attribute of this object; the class has its own
+
+
 @torch.no_grad()
 def sample(
-    pipe: Any, prompts: list[str], seeds: list[int], size: tuple[int | None, int | None], batch: int = 4, **kwargs: Any
-) -> list[Image.Image]:
-    """One image per pair of prompt and seed. Each has its own generator, so batches change nothing but rounding."""
-    images = []
+    pipe: Any,
+    prompts: list[str],
+    seeds: list[int],
+    size: tuple[int | None, int | None],
+    batch: int = 4,
+    say: Callable[[str], None] | None = None,
+    **kwargs: Any,
+) -> list[Image.Image | None]:
+    """One image per pair of prompt and seed. Each has its own generator, so batches change nothing but rounding.
+
+    Raises:
+        TrainingError: if an image is not finite; with `say` that is only said, and the image is None.
+    """
+    images: list[Image.Image | None] = []
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        images += pipe(prompt=prompts[part], generator=generators, height=size[0], width=size[1], **kwargs).images
+        with exact_decoding(pipe.vae) as finite:
+            drawn = pipe(prompt=prompts[part], generator=generators, height=size[0], width=size[1], **kwargs).images
+        images += [image if whole else None for image, whole in zip(drawn, finite, strict=True)]
+    black = [i for i, image in enumerate(images) if image is None]
+    if black:
+        first = black[0]
+        message = (
+            f"{len(black)} of {len(images)} images have values that are not finite, the first with seed "
+            f"{seeds[first]} for {prompts[first]!r}, and would be black: not saved. Instead of fp16, try bf16 or fp32."
+        )
+        if say is None:
+            raise TrainingError(message)
+        say(f"warning: {message}")
     return images
 
 
 def validation(
     pipe: Any, prompts: list[str], count: int, seed: int, size: tuple[int, int], autocast: Any = None, **settings: Any
-) -> list[Image.Image]:
-    """`count` images of each prompt, with the same seeds every time. `settings`: more of the pipeline's arguments."""
+) -> list[Image.Image | None]:
+    """`count` images of each prompt, with the same seeds every time; None for one that is not finite, which is said.
+
+    `settings`: more of the pipeline's arguments.
+    """
     seeds = [seed + i for _ in prompts for i in range(count)]
     with for_sampling(pipe), autocast or contextlib.nullcontext():
-        return sample(pipe, repeat(prompts, count), seeds, size, **settings)
+        return sample(pipe, repeat(prompts, count), seeds, size, say=print, **settings)
 
 
 def repeat(prompts: list[str], times: int) -> list[str]:
     return [prompt for prompt in prompts for _ in range(times)]
 
 
-def track(accelerator: Any, phase: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
+def track(accelerator: Any, phase: str, images: list[Image.Image | None], prompts: list[str], step: int) -> None:
     """Hand images to the trackers that show images."""
-    for tracker in accelerator.trackers:
+    prompts = [prompt for image, prompt in zip(images, prompts, strict=True) if image]
+    images = [image for image in images if image]
+    for tracker in accelerator.trackers if images else ():
         if tracker.name == "tensorboard":
             tracker.writer.add_images(phase, np.stack([np.asarray(i) for i in images]), step, dataformats="NHWC")
         elif tracker.name == "wandb":
@@ -125,14 +193,19 @@ def track(accelerator: Any, phase: str, images: list[Image.Image], prompts: list
             tracker.log({phase: shown}, step=step)
 
 
-def save_images(images: list[Image.Image], folder: Path, columns: int) -> Path:
-    """The images and their grid in a folder; returns the grid."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_images(images: list[Image.Image | None], folder: Path, columns: int) -> Path:
+    """The images and their grid in a folder, whole or not at all; returns the grid."""
+    new = folder.with_name(f"{TEMPORARY}{folder.name}")
+    remove(new)
+    new.mkdir(parents=True)
     for i, image in enumerate(images):
-        image.save(folder / f"{i:02d}.png")
-    grid = folder / "grid.png"
-    make_image_grid(images, rows=len(images) // columns, cols=columns).save(grid)
-    return grid
+        if image:
+            image.save(new / f"{i:02d}.png")
+    size = next((image.size for image in images if image), (8, 8))
+    cells = [image or Image.new("RGB", size, "grey") for image in images]
+    make_image_grid(cells, rows=len(cells) // columns, cols=columns).save(new / "grid.png")
+    replace_folder(new, folder)
+    return folder / "grid.png"
 
 
 def labelled_rows(rows: list[tuple[str, list[Image.Image]]], side: int = 96, label: int = 150) -> Image.Image:

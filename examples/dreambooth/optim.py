@@ -14,7 +14,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from . import TrainingError
-from .arguments import BETAS, EPSILON
+from .arguments import BETAS, EPSILON, USUAL_DECAY
 
 # left factors: KronA's A, LoRA's A, LoKr's w1; everything else counts as B
 LEFT = ("krona_A", "lora_A", "lokr_w1")
@@ -89,6 +89,16 @@ def build_optimizer(
             for k, (value, usual) in given.items()
             if k in accepted and (value != usual or is_same_kind(accepted[k].default, value))
         }
+        idle = [flag for flag, (value, usual) in given.items() if value != usual and flag not in accepted]
+        if "weight_decay" not in accepted and any(g.get("weight_decay", USUAL_DECAY) != USUAL_DECAY for g in groups):
+            idle.append("weight_decay")
+        if idle:
+            flags = {
+                "betas": "--adam_beta1 and --adam_beta2",
+                "eps": "--adam_epsilon",
+                "weight_decay": "--adam_weight_decay",
+            }
+            print(f"warning: {', '.join(flags[k] for k in idle)} has no effect: {name} does not take it.")
         if "weight_decay" not in accepted:
             groups = [{k: v for k, v in g.items() if k != "weight_decay"} for g in groups]
     settings |= parse_settings(more)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,6 +20,12 @@ def text_encoders(pipe: Any) -> dict[str, nn.Module]:
     return {name: getattr(pipe, name) for name in names if getattr(pipe, name, None) is not None}
 
 
+def windows(pipe: Any) -> list[tuple[Any, int]]:
+    """(tokenizer, tokens that its encoder reads) of the text encoders."""
+    found = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
+    return [(tokenizer, tokenizer.model_max_length) for tokenizer in found if tokenizer is not None]
+
+
 def tokenize(pipe: Any, prompts: list[str]) -> list[torch.Tensor]:
     """Token ids, one tensor per text encoder."""
     tokenizers = [pipe.tokenizer] + ([pipe.tokenizer_2] if is_sdxl(pipe) else [])
@@ -27,6 +33,26 @@ def tokenize(pipe: Any, prompts: list[str]) -> list[torch.Tensor]:
         t(prompts, padding="max_length", max_length=t.model_max_length, truncation=True, return_tensors="pt").input_ids
         for t in tokenizers
     ]
+
+
+def say_cut(encoders: Iterable[tuple[Any, int]], prompts: Iterable[str], say: Callable[[str], None]) -> None:
+    """Say which prompts are longer than what the text encoders read, and what of the first is lost.
+
+    `encoders`: the tokenizer and the number of tokens that its encoder is given, special ones included.
+    """
+    lost: dict[str, str] = {}
+    for tokenizer, limit in encoders:
+        for prompt in dict.fromkeys(prompts):
+            ids = tokenizer(prompt, truncation=False).input_ids
+            if len(ids) > limit:
+                tail = tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True).strip()
+                lost[prompt] = max(tail, lost.get(prompt, ""), key=len)
+    if lost:
+        first = next(iter(lost))
+        say(
+            f"warning: {len(lost)} prompts are longer than what the text encoder reads, and are cut; the first, "
+            f"{first[:40]!r}..., loses its end {lost[first]!r}."
+        )
 
 
 class Denoiser(nn.Module):
