@@ -6,14 +6,14 @@
 # Parts run in order of importance. One that takes longer than its budget is stopped; its file keeps the cases that were
 # through. The exit status is 0 if every part came to its end. Whether the kernels are right is another command:
 #
-#   python -m pytest -n 8 -m gpu tests/test_triton.py tests/test_tuning.py
+#   python -m pytest -n 8 -m gpu tests/test_triton.py
 #
 # Estimates for an H100 with 16 cores and empty caches (never run there), each with 15 s for the imports:
-#   layer          95 s: 16 cases, of each 2 s of timing and up to 3 s in which kernels are compiled and "auto" measures
+#   layer          95 s: 16 cases, of each 2 s of timing and up to 3 s in which kernels are compiled
 #   unet          190 s: 6 providers, 2 turns each: 4 s to inject, 5 steps of 4 variants (0.25, 0.35, 0.5 and 0.65 s)
 #   unet-compiled 100 s: 6 providers, 4 s each to inject and 10 s to compile two shapes of block, forward and backward
 #   qkv            25 s
-#   forms          20 s
+#   variants       20 s
 #   scaling        45 s
 #   inference      60 s, if that much is left
 set -uo pipefail
@@ -23,8 +23,6 @@ python=${PYTHON:-python}
 limit=${LIMIT:-470}
 unfinished=()
 
-export PEFT_KRONA_CACHE=$out/tuning # where backend "auto" keeps what it measures
-unset CI                            # where it would not measure
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True # at batch 4 without checkpointing little memory is to spare
 export TQDM_MININTERVAL=5                               # seconds between two lines of progress
 
@@ -47,26 +45,25 @@ part() { # part <budget in seconds> <name of the file> <arguments of benchmarks.
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm --format=csv || true
-echo "Test the kernels: $python -m pytest -n 8 -m gpu tests/test_triton.py tests/test_tuning.py"
+echo "Test the kernels: $python -m pytest -n 8 -m gpu tests/test_triton.py"
 mkdir -p "$out"
-rm -f "$PEFT_KRONA_CACHE"/*.json "$out"/*-cuda.json # measure everything anew
+rm -f "$out"/*-cuda.json # measure everything anew
 
 lora="PEFT LoRA r=4"
 krona=("KronA (64,4)" "KronA (64,4), triton" "KronA (64,8)" "KronA (64,8), triton")
 part 110 layer-cuda --suite layer --repetitions 25 \
-    --providers "$lora" "LyCORIS LoKr, bypass" KronA "KronA, triton" "KronA, auto"
+    --providers "$lora" "LyCORIS LoKr, bypass" KronA "KronA, triton"
 part 220 unet-cuda --suite unet --only SDXL --repetitions 2 --steps 3 --batch 1 4 --gradient-checkpointing off on \
     --providers "$lora" "${krona[@]}"
 part 120 unet-compiled-cuda --suite unet --only SDXL --repetitions 1 --steps 10 --compile \
     --providers "$lora" "${krona[@]}"
 part 40 qkv-cuda --suite qkv --repetitions 25
-part 30 forms-cuda --suite forms
+part 30 variants-cuda --suite variants
 part 60 scaling-cuda --suite scaling --repetitions 15
 part 90 inference-cuda --suite inference --only SDXL --repetitions 1 --steps 5 \
     --providers "$lora" "${krona[@]}" "KronA (64,4), merged"
 
 "$python" -m benchmarks.report "$out"/*-cuda.json | tee "$out/cuda.md"
-cat "$PEFT_KRONA_CACHE"/*.json
 if ((${#unfinished[@]})); then
     echo "Not finished: ${unfinished[*]}"
     exit 1

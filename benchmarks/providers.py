@@ -16,7 +16,7 @@ from peft import LoKrConfig, LoraConfig, get_peft_model
 from torch import nn
 
 import peft_krona
-from peft_krona.ops import backend, kron_delta_weight, kron_linear, linear_kron_linear
+from peft_krona.ops import Frozen, backend, kron_delta_weight, kron_linear
 
 
 class Adapted(nn.Module):
@@ -123,7 +123,8 @@ class _Fused(_Kron):
         self.backend = backend
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear_kron_linear(x, self.base.weight, self.base.bias, self.A, self.B, backend=self.backend)
+        base = Frozen(self.base.weight, self.base.bias)
+        return kron_linear(x, self.A, self.B, base=base, backend=self.backend)
 
 
 def krona_on(backend: str) -> Callable[[nn.Linear, int, int], Adapted]:
@@ -151,16 +152,15 @@ PROVIDERS: dict[str, Callable[[nn.Linear, int, int], Adapted]] = {
     "dW built": _kron(_dense),
     "KronA": krona,
     "KronA, triton": krona_on("triton"),
-    "KronA, auto": krona_on("auto"),
     "KronA op, B first": _kron(_ours("b_first")),
     "KronA op, A first": _kron(_ours("a_first")),
 }
 
-OTHER_BACKENDS = ("triton", "auto")  # besides "torch", which needs no word in a provider's name
+OTHER_BACKENDS = ("triton",)  # besides "torch", which needs no word in a provider's name
 
 
 def on_backends(name: str, config: Any) -> dict[str, Any]:
-    """The configuration under its name, and under "name, triton" and "name, auto"."""
+    """The configuration under its name, and under "name, triton"."""
     return {name: config, **{f"{name}, {other}": config for other in OTHER_BACKENDS}}
 
 

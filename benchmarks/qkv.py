@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft_krona.ops import linear_kron_linear
-from peft_krona.ops.mix import mix_add_, mix_backward
-from peft_krona.ops.torch_impl import Plan
+from peft_krona.ops import Frozen, kron_linear
+from peft_krona.ops.apply_A import add_A, backward_A
+from peft_krona.ops.plan import Plan
 
 from . import cases
 from .measure import interleaved, median_added, peak_bytes, quantiles
@@ -51,15 +51,15 @@ class _Joint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, plan: Plan, weights, biases, *factors):
-        As, B = [A.squeeze(0) for A in factors[:3]], torch.cat(factors[3:], 1).squeeze(0)
+        As, B = factors[:3], torch.cat(factors[3:], 1).squeeze(0)
         T, u = x.shape[0], plan.b_out
         h = (x.view(T * plan.a_in, plan.b_in) @ B.t()).view(T, plan.a_in, 3 * u)
-        ys, hs = [], h.split(u, 2)
+        ys, hs = [], [part.contiguous() for part in h.split(u, 2)]
         for A, part, weight, bias in zip(As, hs, weights, biases, strict=True):
             y = F.linear(x, weight, bias)
-            mix_add_(y, A, part, plan.layout, plan.form)
+            add_A(y, A, part, plan)
             ys.append(y)
-        ctx.save_for_backward(x, B, *As, *(part.contiguous() for part in hs))
+        ctx.save_for_backward(x, B, *As, *hs)
         ctx.plan, ctx.weights = plan, weights
         return tuple(ys)
 
@@ -68,9 +68,7 @@ class _Joint(torch.autograd.Function):
         x, B, *rest = ctx.saved_tensors
         As, hs, plan = rest[:3], rest[3:], ctx.plan
         T, u = x.shape[0], plan.b_out
-        backward = [
-            mix_backward(dy, A, h, True, True, plan.layout, plan.form) for dy, A, h in zip(dys, As, hs, strict=True)
-        ]
+        backward = [backward_A(dy, A, h, plan, (True, True)) for dy, A, h in zip(dys, As, hs, strict=True)]
         dhs, dAs = zip(*backward, strict=True)
         dh = torch.cat(dhs, 2)
         rows = dh.view(T * plan.a_in, 3 * u)
@@ -83,7 +81,7 @@ class _Joint(torch.autograd.Function):
             None,
             None,
             None,
-            *(dA.to(dy.dtype).unsqueeze(0) for dA, dy in zip(dAs, dys, strict=True)),
+            *(dA.to(dy.dtype) for dA, dy in zip(dAs, dys, strict=True)),
             *(part.unsqueeze(0) for part in dB.split(u)),
         )
 
@@ -113,7 +111,8 @@ def qkv_steps(tokens: int, width: int, a_out: int, a_in: int, dtype: torch.dtype
 
     def one_by_one() -> tuple[torch.Tensor, ...]:
         layers = zip(weights, biases, As, Bs, strict=True)
-        return torch.autograd.grad([linear_kron_linear(x, *layer) for layer in layers], leaves, dys)
+        ys = [kron_linear(x, A, B, base=Frozen(weight, bias)) for weight, bias, A, B in layers]
+        return torch.autograd.grad(ys, leaves, dys)
 
     def together() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(_Joint.apply(x, plan, weights, biases, *As, *Bs), leaves, dys)

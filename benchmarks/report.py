@@ -150,8 +150,8 @@ def scaling_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def forms_table(result: dict[str, Any]) -> str:
-    """Milliseconds of the product's forward + backward in every form; what the rule takes is in bold."""
+def variants_table(result: dict[str, Any]) -> str:
+    """Milliseconds of the product's forward + backward in every variant; what the rule takes is in bold."""
     names = list(dict.fromkeys(name for row in result["rows"] for name in row["seconds"]))
     lines = _head(["layer", "factors", *(name.removeprefix("torch ") for name in names)], left=2)
     for row in result["rows"]:
@@ -234,7 +234,7 @@ TABLES = {
     "unet": unet_table,
     "inference": unet_table,
     "qkv": qkv_table,
-    "forms": forms_table,
+    "variants": variants_table,
 }
 
 

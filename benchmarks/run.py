@@ -9,7 +9,8 @@
 `layer`: one adapted Linear, forward and forward + backward, added to the frozen layer. `scaling`: the same as tokens,
 width, r or the number of active adapters grow. `unet`: one training step of a real UNet (random weights). `inference`:
 one denoising step of it, without gradients, KronA merged and not. `qkv`: what q, k and v would gain by sharing x.
-`forms`: the op in each of its forms. `benchmarks/gpu.sh` runs all of them on a GPU.
+`variants`: the op in each of its
+variants and on each backend, beside what the rule takes. `benchmarks/gpu.sh` runs all of them on a GPU.
 
 All providers of a case run once in every repetition, in a new order each time; ratios are medians of the ratios within
 a repetition. A provider whose output is not base + dW x is reported as wrong, without a speed. One that raises is
@@ -29,9 +30,7 @@ from typing import Any
 
 import torch
 
-from peft_krona.ops.tuning import REPETITIONS
-
-from .forms import forms_suite
+from .autotune import variants_suite
 from .layers import layer_suite, scaling_suite
 from .measure import OUT_OF_MEMORY, copy_bandwidth, environment
 from .providers import PROVIDERS, lycoris_kernels, measured_on
@@ -45,7 +44,7 @@ SUITES: dict[str, Callable[[argparse.Namespace], Iterator[list[dict[str, Any]]]]
     "unet": unet_suite,
     "inference": inference_suite,
     "qkv": qkv_suite,
-    "forms": forms_suite,
+    "variants": variants_suite,
 }
 
 
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         "suite": args.suite,
         "device": args.device,
         "dtype": args.dtype,
-        "repetitions": REPETITIONS if args.suite == "forms" else args.repetitions,
+        "repetitions": args.repetitions,
         "steps": args.steps,
         "compile": args.compile,
         "environment": environment(args.device),

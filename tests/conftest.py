@@ -20,12 +20,6 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(skip)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory):
-    """Tables of backend="auto" neither come from the user's cache folder nor go there."""
-    os.environ["PEFT_KRONA_CACHE"] = str(tmp_path_factory.mktemp("peft-krona-cache"))
-
-
 @pytest.fixture(autouse=True)
 def _seeded_and_poisoned():
     """Fixed seed; torch.empty gives NaN, so that memory that nothing wrote shows up as NaN."""

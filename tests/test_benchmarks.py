@@ -117,8 +117,8 @@ def test_qkv(tmp_path, capsys):
     assert "| square: 5 tokens, 32 to 32 | (8,2) | together |" in table(tmp_path / "r.json", capsys)
 
 
-def test_forms(tmp_path, capsys):
-    result = measured(tmp_path / "r.json", "--suite", "forms")
+def test_variants(tmp_path, capsys):
+    result = measured(tmp_path / "r.json", "--suite", "variants")
     assert [(row["rule"], row["out"]) for row in result["rows"]] == [("expanded", {}), ("batched", {})]
     assert all(set(row["seconds"]) >= {"torch batched", "torch expanded"} for row in result["rows"])
     assert "| square: 5 tokens, 32 to 32 | (8,2) |" in table(tmp_path / "r.json", capsys)
@@ -313,7 +313,7 @@ def test_gpu_script_has_commands_that_parse(tmp_path, monkeypatch):
     assert tables[0] == "benchmarks.report"
     suites = [run.parse(call[1:]) for call in runs]
     assert [(a.suite, a.compile) for a in suites] == [
-        ("layer", None), ("unet", None), ("unet", "inductor"), ("qkv", None), ("forms", None), ("scaling", None),
+        ("layer", None), ("unet", None), ("unet", "inductor"), ("qkv", None), ("variants", None), ("scaling", None),
         ("inference", None),
     ]  # fmt: skip
     assert all(a.device == "cuda" and a.dtype == "bfloat16" for a in suites)

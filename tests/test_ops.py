@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_krona.errors import BackendError, ShapeError
-from peft_krona.ops import kron_conv, kron_delta_weight, kron_embedding, kron_linear, linear_kron_linear
+from peft_krona.ops import Frozen, kron_conv, kron_delta_weight, kron_embedding, kron_linear
+from peft_krona.ops.operands import Update
+from peft_krona.ops.plan import Plan
 from peft_krona.ops.reference import delta_weight_loop, kron_linear_reference
-from peft_krona.ops.torch_impl import Plan, factored
+from peft_krona.ops.torch_impl import plain_op
 
 LAYOUTS = ("kron", "diffusekrona")
 ORDERS = ("b_first", "a_first")
@@ -103,13 +105,13 @@ def test_gradcheck_and_double_backward(layout, order):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("factors", [(4, 2), (2, 6)], ids=["b_first", "a_first"])
-def test_linear_kron_linear_gradcheck(layout, factors):
+def test_gradcheck_over_a_frozen_layer(layout, factors):
     a_out, a_in = factors
     x, A, B, _ = (t.requires_grad_() for t in make((2, 2), 2, a_out, a_in, 8 // a_out, 6 // a_in))
     W, b = torch.randn(8, 6, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
 
     def op(x, A, B):
-        return linear_kron_linear(x, W, b, A, B, scale=0.5, layout=layout)
+        return kron_linear(x, A, B, base=Frozen(W, b), scale=0.5, layout=layout)
 
     torch.testing.assert_close(op(x, A, B), kron_linear(x, A, B, scale=0.5, base=F.linear(x, W, b), layout=layout))
     assert torch.autograd.gradcheck(op, (x, A, B))
@@ -122,7 +124,7 @@ def test_factors_without_values_are_refused():
     with pytest.raises(BackendError, match="Expected A and B on x's device, cpu, got them on meta and cpu, where they"):
         kron_linear(x, A.to("meta"), B)
     with pytest.raises(BackendError, match="Add and load adapters before the model is offloaded"):
-        linear_kron_linear(x, torch.randn(8, 18, dtype=x.dtype), None, A, B.to("meta"))
+        kron_linear(x, A, B.to("meta"), base=Frozen(torch.randn(8, 18, dtype=x.dtype)))
 
 
 @pytest.mark.parametrize("into", ["none", "base", "linear"])
@@ -135,7 +137,7 @@ def test_without_gradients_the_same_bits(strided, order, into):
 
     def op():
         if into == "linear":
-            return linear_kron_linear(x, W, b, A, B, scale=0.3)
+            return kron_linear(x, A, B, base=Frozen(W, b), scale=0.3)
         return kron_linear(x, A, B, scale=0.3, base=base if into == "base" else None, order=order)
 
     want = op()
@@ -155,7 +157,7 @@ def test_the_output_may_be_changed_in_place(lead, into):
 
     def op():
         if into.startswith("linear"):
-            return linear_kron_linear(x, W, b if into == "linear with bias" else None, A, B)
+            return kron_linear(x, A, B, base=Frozen(W, b if into == "linear with bias" else None))
         return kron_linear(x, A, B, base=base if into == "base" else None)
 
     leaves = (x, A, B)
@@ -180,7 +182,7 @@ def test_half_precision_is_no_worse_than_plain_torch(shape, layout, order, facto
 
     plain_A, plain_B = (A * 0.1).to(dtype), B.to(dtype)
     plan = Plan.of(A, B, layout, order)
-    plain = factored(x.reshape(-1, x.shape[-1]), plain_A, plain_B, base.reshape(-1, base.shape[-1]), plan)
+    plain = plain_op(x.reshape(-1, x.shape[-1]), Update(plain_A, plain_B), base.reshape(-1, base.shape[-1]), plan)
     plain = plain.view_as(y)
     plain_grads = torch.autograd.grad(plain, leaves, dy)
     expected = kron_linear_reference(x, A, B, scale=0.1, base=base, layout=layout)
@@ -235,8 +237,8 @@ def test_kron_linear_property(tokens, sizes, r, layout, dtype, strides, with_bas
     y = kron_linear(x, A, B, scale=scale, base=base, layout=layout)
     dy = torch.randn(y.shape, dtype=dtype)
     got = (y, *torch.autograd.grad(y, leaves, dy))
-    batched = Plan.of(A, B, layout, form="batched")
-    plain = factored(x.contiguous(), A * scale, B, None if base is None else base.contiguous(), batched)
+    batched = Plan.of(A, B, layout)._replace(variant="batched")
+    plain = plain_op(x.contiguous(), Update(A * scale, B), None if base is None else base.contiguous(), batched)
     plain = (plain, *torch.autograd.grad(plain, leaves, dy))
     expected = (kron_linear_reference(x, A, B, scale=scale, base=base, layout=layout),)
     expected += reference_grads(x, A, B, base, dy, scale, layout)
@@ -272,7 +274,7 @@ def test_autocast_casts_the_frozen_layer(x_dtype):
     x, A, B, _ = make((9,), 1, 4, 2, 3, 5, dtype=torch.float32)
     W, b = torch.randn(12, 10), torch.randn(12)
     with torch.autocast("cpu", torch.bfloat16):
-        y = linear_kron_linear(x.to(x_dtype), W, b, A, B)
+        y = kron_linear(x.to(x_dtype), A, B, base=Frozen(W, b))
         want = kron_linear(x, A, B, base=F.linear(x, W, b))
     assert y.dtype == torch.bfloat16
     x, A, B, W, b = (t.bfloat16().double() for t in (x, A, B, W, b))
@@ -314,7 +316,7 @@ def test_no_gradient_is_computed_for_what_does_not_need_one():
 def test_meta_tensors_get_shapes():
     x, A, B, base = (t.to("meta") for t in make((2, 3), 1, 4, 2, 6, 5, dtype=torch.float32))
     assert kron_linear(x, A, B, base=base).shape == (2, 3, 24)
-    assert linear_kron_linear(x, torch.empty(24, 10, device="meta"), None, A, B).device.type == "meta"
+    assert kron_linear(x, A, B, base=Frozen(torch.empty(24, 10, device="meta"))).device.type == "meta"
 
 
 def test_works_under_torch_func():
@@ -335,6 +337,7 @@ def test_works_under_torch_func():
         ({"B": torch.zeros(2, 5, 2)}, r"with one r and all sizes >= 1, got A \(1, 4, 3\) and B \(2, 5, 2\)"),
         ({"x": torch.zeros(2, 0), "A": torch.zeros(1, 4, 0)}, r"all sizes >= 1, got A \(1, 4, 0\) and B"),
         ({"base": torch.zeros(2, 19)}, r"Expected base of shape \(2, 20\), got \(2, 19\)"),
+        ({"base": Frozen(torch.zeros(6, 20))}, r"Expected a frozen weight of shape \(20, 6\), got \(6, 20\)"),
         ({"layout": "shuffled"}, r"layout='shuffled' is unknown; expected one of \('kron', 'diffusekrona'\)"),
         ({"order": "fast"}, r"order='fast' is unknown"),
     ],
@@ -343,6 +346,66 @@ def test_bad_input_is_named(kwargs, message):
     good = {"x": torch.zeros(2, 6), "A": torch.zeros(1, 4, 3), "B": torch.zeros(1, 5, 2)}
     with pytest.raises(ShapeError, match=message):
         kron_linear(**(good | kwargs))
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        ({"layout": "shuffled"}, r"layout='shuffled' is unknown; expected one of \('kron', 'diffusekrona'\)"),
+        (
+            {"A": torch.zeros(4, 3)},
+            r"B \(r, b_out, b_in, \*kernel\) with one r .* got A \(4, 3\) and B \(1, 4, 2, 3, 3\)",
+        ),
+        ({"B": torch.zeros(2, 4, 2, 3, 3)}, r"with one r .* got A \(1, 3, 2\) and B \(2, 4, 2, 3, 3\)"),
+        ({"B": torch.zeros(1, 4, 2)}, r"Expected B .* with a kernel of 1 to 3 sizes, got B \(1, 4, 2\)"),
+        ({"B": torch.zeros(1, 4, 2, 1, 1, 1, 1)}, r"with a kernel of 1 to 3 sizes, got B \(1, 4, 2, 1, 1, 1, 1\)"),
+        ({"B": torch.zeros(1, 4, 0, 3, 3)}, r"all sizes >= 1, got A"),
+        (
+            {"x": torch.zeros(1, 5, 7, 7)},
+            r"Expected x \(N, in, height, width\) or .* 1 \* 2 \* 2 = 4, got x of shape \(1, 5",
+        ),
+        ({"x": torch.zeros(4, 7)}, r"or \(in, height, width\) .* got x of shape \(4, 7\)"),
+        ({"groups": 2}, r"in = groups \* a_in \* b_in = 2 \* 2 \* 2 = 8, got x of shape \(1, 4, 7, 7\)"),
+        ({"groups": 5}, r"Expected groups to divide a_out \* b_out = 3 \* 4 = 12, got groups=5"),
+        ({"groups": 0}, r"got groups=0"),
+        (
+            {"x": torch.zeros(1, 4, 7, 7).to_sparse()},
+            "Expected x as an ordinary .strided. tensor, got a sparse_coo one",
+        ),
+        ({"A": torch.zeros(1, 3, 2, device="meta")}, "got them on meta and cpu, where they have no values"),
+    ],
+)
+def test_bad_input_of_a_convolution_is_named(kwargs, message):
+    good = {"x": torch.zeros(1, 4, 7, 7), "A": torch.zeros(1, 3, 2), "B": torch.zeros(1, 4, 2, 3, 3)}
+    good |= {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    assert kron_conv(**good).shape == (1, 12, 7, 7)
+    with pytest.raises((ShapeError, BackendError), match=message):
+        kron_conv(**(good | kwargs))
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        ({"layout": "shuffled"}, r"layout='shuffled' is unknown; expected one of \('kron', 'diffusekrona'\)"),
+        ({"A": torch.zeros(4, 3)}, r"Expected A \(r, a_out, a_in\).*got A \(4, 3\) and B \(1, 5, 2\)"),
+        ({"B": torch.zeros(1, 5, 2, 1)}, r"B \(r, b_out, b_in\) with one r .* and B \(1, 5, 2, 1\)"),
+        ({"B": torch.zeros(2, 5, 2)}, r"with one r and all sizes >= 1, got A \(1, 4, 3\) and B \(2, 5, 2\)"),
+        ({"B": torch.zeros(1, 5, 2, device="meta")}, "got them on cpu and meta, where they have no values"),
+    ],
+)
+def test_bad_input_of_an_embedding_is_named(kwargs, message):
+    good = {"ids": torch.tensor([0, 5]), "A": torch.zeros(1, 4, 3), "B": torch.zeros(1, 5, 2)}
+    assert kron_embedding(**good).shape == (2, 20)
+    with pytest.raises((ShapeError, BackendError), match=message):
+        kron_embedding(**(good | kwargs))
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"layout": "shuffled"}, {"A": torch.zeros(4, 3)}, {"B": torch.zeros(2, 5, 2)}], ids=str
+)
+def test_bad_input_of_a_delta_weight_is_named(kwargs):
+    with pytest.raises(ShapeError, match=r"is unknown; expected one of|with one r and all sizes >= 1, got A"):
+        kron_delta_weight(**({"A": torch.zeros(1, 4, 3), "B": torch.zeros(1, 5, 2)} | kwargs))
 
 
 CONVS = [  # dims, in, out, kernel, stride, padding, dilation, groups, (a_out, a_in), r

@@ -93,7 +93,8 @@ def test_third_party_imports(path):
             assert top != "torch", where
         if top in ALLOWED:
             assert own in ALLOWED[top], where
-            assert nested or top == "diffusers" or (top == "triton" and "triton" in path.name), f"{where}: not optional"
+            beside = top == "diffusers" or (top == "triton" and "triton" in path.parts)
+            assert nested or beside, f"{where}: not optional"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
@@ -159,3 +160,48 @@ def test_every_error_is_also_the_builtin_that_one_would_expect():
         if isinstance(error, type) and error is not errors.KronAError and issubclass(error, Exception):
             assert issubclass(error, errors.KronAError), name
             assert issubclass(error, (ValueError, TypeError, RuntimeError)), name
+
+
+# -- the op's functions ------------------------------------------------------------------------------------------------
+
+# torch calls these with one flat list of arguments; the kernels take pointers and strides
+FLAT = {"FusedAdd.forward", "KronAdd.forward", "fused", "fused_backward", "_"}
+OPS = [path for path in FILES if part(path) == "ops"]
+
+
+def functions(path: Path):
+    """(dotted name, node) of every function of a file."""
+
+    def walk(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                if isinstance(child, ast.FunctionDef):
+                    yield f"{prefix}{child.name}", child
+                yield from walk(child, f"{prefix}{child.name}.")
+
+    return list(walk(ast.parse(path.read_text(encoding="utf-8")), ""))
+
+
+@pytest.mark.parametrize("path", [p for p in OPS if p.name != "kernels.py"], ids=lambda p: p.name)
+def test_no_function_of_the_op_has_more_than_five_parameters(path):
+    """Two tensors that change places in a long list raise nothing. What is known by keyword alone cannot."""
+    for name, node in functions(path):
+        positional = [a.arg for a in node.args.posonlyargs + node.args.args if a.arg not in ("self", "cls")]
+        assert len(positional) <= 5 or name in FLAT, f"{path.name}: {name}{tuple(positional)}"
+        assert not node.args.kwonlyargs or name.startswith("kron_"), f"{path.name}: {name} is not a public op"
+
+
+@pytest.mark.parametrize("path", [p for p in OPS if p.name != "kernels.py"], ids=lambda p: p.name)
+def test_every_tensor_argument_of_the_op_has_its_shape(path):
+    """In the docstring, behind its name: "x: (..., in)", "A (r, a_out, a_in)", or "tensor of any shape"."""
+    for name, node in functions(path):
+        if name in FLAT:
+            continue
+        text = ast.get_docstring(node) or ""
+        for argument in node.args.args + node.args.kwonlyargs:
+            if argument.annotation is None or "torch.Tensor" not in ast.unparse(argument.annotation):
+                continue
+            if "float | torch.Tensor" in ast.unparse(argument.annotation):
+                continue  # s: a number, or as a tensor ()
+            shape = rf"\b{argument.arg}\b[^.]*?(\(|any shape)"
+            assert re.search(shape, text), f"{path.name}: {name} does not say {argument.arg}'s shape"

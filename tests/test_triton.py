@@ -15,16 +15,17 @@ import interpreter_bf16
 import pytest
 import torch
 import torch.nn.functional as F
-from offline import ARCHITECTURES, SHAPES, NoDevice, compile_offline
+from cross_compile import ARCHITECTURES, SHAPES, NoDevice, compile_for
 from rounding import assert_rounded, judge
 from test_ops import LAYOUTS, ORDERS, make, reference_grads
 from torch import nn
 
 from peft_krona.errors import BackendError
-from peft_krona.ops import backend, kron_linear, linear_kron_linear
-from peft_krona.ops.library import fused, fused_add, fused_backward
+from peft_krona.ops import Frozen, backend, kron_linear
+from peft_krona.ops.operands import Update
+from peft_krona.ops.plan import Plan
 from peft_krona.ops.reference import kron_linear_reference
-from peft_krona.ops.torch_impl import Plan
+from peft_krona.ops.triton.library import fused, fused_add, fused_backward
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -114,7 +115,7 @@ def test_one_node_with_a_frozen_layer(factors, dtype):
     dy = torch.randn(2, 9, 8, device=DEVICE, dtype=dtype)
     results = {}
     for name in ("triton", "torch"):
-        y = linear_kron_linear(x, W, b, A, B, scale=0.3, backend=name)
+        y = kron_linear(x, A, B, base=Frozen(W, b), scale=0.3, backend=name)
         results[name] = (y, *torch.autograd.grad(y, leaves, dy))
     double = [t.detach().double().requires_grad_() for t in (x, A, B)]
     y = kron_linear(*double, scale=0.3, base=F.linear(double[0], W.double(), b.double()), backend="torch")
@@ -195,7 +196,7 @@ def test_many_programs_repeat_their_bits(sizes, order):
     W = torch.randn(a_out * b_out, a_in * b_in, device="cuda", dtype=torch.bfloat16)
     first = None
     for _ in range(20):
-        y = fused_add(x, A, B, 0.5, None, W, None, Plan.of(A, B, "kron", order))
+        y = fused_add(x, Update(A, B, 0.5), Frozen(W), Plan.of(A, B, "kron", order))
         run = (y.detach(), *torch.autograd.grad(y, (x, A, B), dy))
         first = first or run
         assert all(torch.equal(a, b) for a, b in zip(first, run, strict=True))
@@ -226,7 +227,7 @@ def test_the_eager_node_is_the_op(order):
     def outcome(y, *leaves, dy=dy):
         return y, *torch.autograd.grad(y, leaves, dy)
 
-    eager = outcome(fused_add(*leaves[:3], 0.3, leaves[3], None, None, plan), *leaves)
+    eager = outcome(fused_add(leaves[0], Update(*leaves[1:3], 0.3), leaves[3], plan), *leaves)
     op = outcome(fused(x, leaves[1] * 0.3, leaves[2], leaves[3], None, None, "kron", order)[0], *leaves)
     judged = judge(lambda *t: outcome(kron_linear(*t[:3], scale=0.3, base=t[3]), *t[:4], dy=t[4]), *leaves, dy)
     terms = 2 * max(3 + 5, 4 + 2, 9 * 5, 9 * 3) + 4  # s A, the casts of both factors, the base
@@ -248,7 +249,7 @@ def test_more_dimensions_and_changes_in_place(strided, into):
 
     def op(x, A, B, base, W, b, name):
         if into.startswith("linear"):
-            return linear_kron_linear(x, W, b if into == "linear with bias" else None, A, B, backend=name)
+            return kron_linear(x, A, B, base=Frozen(W, b if into == "linear with bias" else None), backend=name)
         return kron_linear(x, A, B, base=base if into == "base" else None, backend=name)
 
     def gradients(*inputs, name="torch"):
@@ -319,7 +320,7 @@ def test_torch_compile_keeps_the_kernels_as_single_nodes(compiler, monkeypatch):
     frozen = nn.Linear(15, 8, device=DEVICE).requires_grad_(False)
 
     def function(x, A, B, weight=frozen.weight, bias=frozen.bias, **backend):
-        y = linear_kron_linear(x, weight, bias, A, B, scale=0.5, **backend)
+        y = kron_linear(x, A, B, scale=0.5, base=Frozen(weight, bias), **backend)
         return kron_linear(x, A, B, base=y.relu(), **backend).square().sum()
 
     def outcome(x, A, B, weight, bias):
@@ -401,7 +402,7 @@ def test_numbers_in_the_interpreter():
 
 
 # Every kernel and order for every architecture; layouts, dtypes, with and without something to add take turns.
-# `python tests/offline.py` compiles all combinations.
+# `python tests/cross_compile.py` compiles all combinations.
 VARIANTS = [
     ("forward", "1280 (64,4)", "kron", torch.bfloat16, 80, True),
     ("forward", "640 (64,8)", "diffusekrona", torch.float16, 90, False),
@@ -441,7 +442,7 @@ def _offline_reason():
 def test_compiles_within_the_limits(variant):
     kernel, shape, layout, dtype, architecture, add = variant
     assert architecture in ARCHITECTURES
-    taken = compile_offline(kernel, SHAPES[shape], layout, dtype, architecture, add)
+    taken = compile_for(kernel, SHAPES[shape], layout, dtype, architecture, add)
     assert taken.shared <= 99 * 1024  # the smallest limit of all supported parts; sm_80 has 163 KiB, sm_90 up 227 KiB
     assert taken.stack <= (128 if architecture == 80 else 64), taken  # spilled; sm_80 holds operands in registers
     if (kernel, layout, dtype.itemsize) == ("forward", "kron", 2):
@@ -460,7 +461,7 @@ def test_a_step_of_a_layer_is_three_launches(monkeypatch):
     x = torch.randn(77, 640, dtype=torch.bfloat16, requires_grad=True)
     W = torch.randn(640, 640, dtype=torch.bfloat16)
     A, B = torch.randn(1, 64, 8, requires_grad=True), torch.randn(1, 10, 80, requires_grad=True)
-    y = fused_add(x, A, B, 0.5, None, W, None, Plan.of(A, B, "kron"))
+    y = fused_add(x, Update(A, B, 0.5), Frozen(W), Plan.of(A, B, "kron"))
     assert device.launched == ["forward_kernel"]
     y.sum().backward()
     assert device.launched == ["forward_kernel", "backward_kernel", "sum_kernel"]
@@ -472,11 +473,11 @@ def test_a_step_of_a_layer_is_three_launches(monkeypatch):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("shape", [(1, 64, 4, 20, 320), (1, 1, 1, 1, 1), (2, 1024, 2048, 2048, 4096)], ids=str)
 def test_tiles_keep_both_limits(shape, order, itemsize):
-    from peft_krona.ops import triton_kernels
+    from peft_krona.ops.triton import launch
 
-    z = triton_kernels.sizes(Plan(*shape, "kron", order, "batched"), itemsize)
-    assert triton_kernels.shared_bytes(z, itemsize) <= triton_kernels.SHARED_LIMIT
-    assert triton_kernels.accumulators(z) <= triton_kernels.ACCUMULATOR_LIMIT
+    z = launch.sizes(Plan(*shape, "kron", order), itemsize)
+    assert launch.shared_bytes(z, itemsize) <= launch.SHARED_LIMIT
+    assert launch.accumulators(z) <= launch.ACCUMULATOR_LIMIT
     tiles = {name: getattr(z, name) for name in ("BT", "BP", "BQ", "BW", "BM", "BD", "BC")}
     assert all(size & (size - 1) == 0 for size in tiles.values())
     assert all(tiles[name] >= 16 for name in ("BP", "BQ", "BM", "BD", "BC")) and z.BT * z.BW >= 16
@@ -515,8 +516,12 @@ def test_the_environment_chooses_and_the_argument_overrides(monkeypatch):
     with pytest.raises(BackendError, match="PEFT_KRONA_BACKEND=triton was asked for, but"):
         kron_linear(*small())
     assert kron_linear(*small(), backend="torch").shape == (2, 20)
-    with pytest.raises(BackendError, match=r"backend='cuda' is unknown; expected one of \('torch', 'triton', 'auto'\)"):
+    with pytest.raises(BackendError, match=r"backend='cuda' is unknown; expected one of \('torch', 'triton'\)\.$"):
         kron_linear(*small(), backend="cuda")
+    for asked, default, source in (("auto", "torch", "backend='auto'"), (None, "auto", "PEFT_KRONA_BACKEND=auto")):
+        monkeypatch.setattr(backend, "DEFAULT", default)
+        with pytest.raises(BackendError, match=f'{source} is unknown; .*\\. "auto" was taken out: leave it away'):
+            kron_linear(*small(), backend=asked)
 
 
 @pytest.mark.parametrize("value,expected", [(None, "torch"), ("", "torch"), ("triton", "triton")])

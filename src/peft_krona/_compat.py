@@ -24,6 +24,20 @@ dispatch_modes = torch._C._len_torch_dispatch_stack
 any_global_hook = nn.modules.module._has_any_global_hook
 
 
+def apply_node(node: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`node.apply(*arguments)` where no transform of torch.func is active, for a node without `setup_context`.
+
+    What `apply` does besides takes as long as two small ops: it looks through the arguments for tensors that a
+    transform has left behind, which only the first one, x, can be here.
+    """
+    x, *others = arguments
+    return super(torch.autograd.Function, node).apply(unwrap_if_dead(x), *others)
+
+
+# (tensor) -> tensor: what a tensor that outlived its transform of torch.func holds; any other tensor as it is.
+unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+
+
 def forward_mode_active() -> bool:
     """Whether a level of forward-mode differentiation is open."""
     return forward_ad._current_level >= 0

@@ -11,6 +11,8 @@ from .errors import FactorError
 
 Layout = Literal["kron", "diffusekrona"]  # where A_i (x) B_i puts its entries: docs/math.md
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+Order = Literal["b_first", "a_first"]  # which factor x meets first
+ORDERS: tuple[Order, ...] = get_args(Order)
 
 
 @cache
@@ -94,7 +96,7 @@ def contraction_cost(a_out: int, a_in: int, b_out: int, b_in: int) -> tuple[int,
     return n_in * b_out + n_out * a_in, n_in * a_out + n_out * b_in
 
 
-def cheaper_order(a_out: int, a_in: int, b_out: int, b_in: int) -> str:
+def cheaper_order(a_out: int, a_in: int, b_out: int, b_in: int) -> Order:
     """`"b_first"` or `"a_first"`, whichever needs fewer multiply-adds (ties go to B first).
 
     >>> cheaper_order(64, 4, 20, 320), cheaper_order(4, 64, 320, 20)

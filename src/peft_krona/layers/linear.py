@@ -10,7 +10,7 @@ from torch import nn
 
 from .._compat import any_global_hook, has_hooks
 from ..config import KronAConfig
-from ..ops import kron_linear, linear_kron_linear
+from ..ops import Frozen, kron_linear
 from .base import KronALayer
 
 
@@ -38,7 +38,7 @@ class Linear(KronALayer):
         else:
             modules = self._modules  # not by attribute: see _plain_frozen_base
             A, B = modules["krona_A"][first], modules["krona_B"][first]
-            result = linear_kron_linear(x, *frozen, A, B, scale=self._scale(first), layout=self.layout[first])
+            result = kron_linear(x, A, B, scale=self._scale(first), base=frozen, layout=self.layout[first])
         for name in names[1:]:
             result = self._add_delta(result, x, name)
         return result
@@ -54,8 +54,8 @@ class Linear(KronALayer):
         A, B = self.krona_A[name], self.krona_B[name]
         return kron_linear(x, A, B, scale=self._scale(name), base=result, layout=self.layout[name])
 
-    def _plain_frozen_base(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """(weight, bias) where base and adapter can be one autograd node, else None.
+    def _plain_frozen_base(self, name: str) -> Frozen | None:
+        """The base layer where base and adapter can be one autograd node, else None.
 
         They can for a plain frozen nn.Linear that nothing hooks into. Asked in every forward, so it reads the modules'
         dicts: a parameter or module through nn.Module.__getattr__ takes several times as long.
@@ -78,4 +78,4 @@ class Linear(KronALayer):
             return None
         if type(weight) not in (nn.Parameter, torch.Tensor) or weight.requires_grad or not weight.is_floating_point():
             return None
-        return None if bias is not None and bias.requires_grad else (weight, bias)
+        return None if bias is not None and bias.requires_grad else Frozen(weight, bias)

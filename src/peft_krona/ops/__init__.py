@@ -4,6 +4,7 @@
 from .conv import kron_conv
 from .delta import kron_delta_weight
 from .embedding import kron_embedding
-from .linear import kron_linear, linear_kron_linear
+from .linear import kron_linear
+from .operands import Frozen
 
-__all__ = ["kron_conv", "kron_delta_weight", "kron_embedding", "kron_linear", "linear_kron_linear"]
+__all__ = ["Frozen", "kron_conv", "kron_delta_weight", "kron_embedding", "kron_linear"]

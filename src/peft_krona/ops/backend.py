@@ -8,13 +8,15 @@ import importlib.util
 import logging
 import os
 from importlib import metadata
+from typing import Literal, TypeAlias, cast
 
 import torch
 
 from .._compat import sees_single_ops
 from ..errors import BackendError
 
-BACKENDS = ("torch", "triton", "auto")
+Backend: TypeAlias = Literal["torch", "triton"]
+BACKENDS: tuple[Backend, ...] = ("torch", "triton")
 # "torch" also on GPUs: the Triton kernels have not been timed on one yet (docs/performance.md).
 DEFAULT = os.environ.get("PEFT_KRONA_BACKEND") or "torch"
 
@@ -37,22 +39,26 @@ def _triton_version() -> tuple[int, ...] | None:
 _TRITON = _triton_version()  # now, not when asked for: torch.compile would trace into the search for it
 
 
-def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """What is asked for, else what PEFT_KRONA_BACKEND said at import, else "torch". "auto" is left to tuning.choose.
+def choose_backend(asked: Backend | None, device: torch.device, dtype: torch.dtype) -> Backend:
+    """What is asked for, else what PEFT_KRONA_BACKEND said at import, else "torch".
 
     Raises:
         BackendError: if that is unknown or cannot compute in `dtype` on `device`. There is no silent second choice.
     """
     backend = asked or DEFAULT
+    if backend == "torch" and backend in _announced:
+        return backend
     if backend not in BACKENDS:
-        raise BackendError(f"backend={backend!r} is unknown; expected one of {BACKENDS}.")
+        source = f"backend={backend!r}" if asked else f"PEFT_KRONA_BACKEND={backend}"
+        auto = ' "auto" was taken out: leave it away, and the rule in ops/plan.py decides.' if backend == "auto" else ""
+        raise BackendError(f"{source} is unknown; expected one of {BACKENDS}.{auto}")
     if backend == "triton" and (reason := why_not_triton(device, dtype)) is not None:
         source = "backend='triton'" if asked else "PEFT_KRONA_BACKEND=triton"
         raise BackendError(f"{source} was asked for, but {reason}. backend='torch' works everywhere.")
     if backend not in _announced and not torch.compiler.is_compiling():
         _announced.add(backend)
         logger.info("Kronecker products on %s in %s: backend %r.", device.type, dtype, backend)
-    return backend
+    return cast(Backend, backend)
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:

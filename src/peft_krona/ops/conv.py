@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Kronecker product as a convolution: convolve with the small B, mix with A, never a dense kernel."""
+"""The Kronecker product as a convolution: convolve with the small B, multiply by A, never a dense kernel."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from .._compat import functorch_active
-from ..factors import cheaper_order
-from .linear import compute_dtype
+from ..errors import ShapeError
+from ..factors import Layout, cheaper_order
+from .dtypes import compute_dtype
+from .plan import check_factors, check_layout, check_values
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -22,8 +24,8 @@ def kron_conv(
     padding: tuple[int, ...] | str,
     dilation: tuple[int, ...],
     groups: int = 1,
-    scale: float = 1.0,
-    layout: str = "kron",
+    scale: float | torch.Tensor = 1.0,
+    layout: Layout = "kron",
 ) -> torch.Tensor:
     """conv(x, dW) for dW = s * layout(sum_n A_n (x) B_n) of shape (out, in/groups, *kernel).
 
@@ -34,7 +36,12 @@ def kron_conv(
 
     Returns:
         (N, out, *spatial'), the dtype of x (autocast's under autocast).
+
+    Raises:
+        ShapeError: if the shapes do not belong together, or layout is unknown. BackendError: if A or B has no values.
     """
+    check_layout(layout)
+    _check_shapes(x, A, B, groups)
     conv, dims = _CONV[B.dim() - 3], B.dim() - 3
     dtype = compute_dtype(x)
     if unbatched := x.dim() == dims + 1:
@@ -58,22 +65,46 @@ def kron_conv(
             else:  # 3 x 3 kernels take a CPU half to a fifth of the time so
                 U = conv(x.reshape(N * groups * a_in, b_in, *x.shape[2:]), kernels, **args)
             U = U.view(N, groups, a_in, r, b_out, *U.shape[2:])
-            Y = _mix(A, U, layout)
+            Y = _apply_A(A, U, layout)
         if layout == "diffusekrona":
             Y = Y.transpose(1, 2)
         Y = Y.reshape(N, a_out * b_out, *Y.shape[3:])
     return Y.squeeze(0) if unbatched else Y
 
 
+def _check_shapes(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, groups: int) -> None:
+    """Check that x (N, in, *spatial), A (r, a_out, a_in) and B (r, b_out, b_in, *kernel) fit together and the groups.
+
+    Raises:
+        ShapeError, BackendError: see `kron_conv`.
+    """
+    check_factors(A.shape, B.shape, kernel=True)
+    check_values(x, A, B)
+    dims, (_, a_out, a_in), (_, b_out, b_in) = B.dim() - 3, A.shape, B.shape[:3]
+    if dims not in _CONV:
+        raise ShapeError(f"Expected B (r, b_out, b_in, *kernel) with a kernel of 1 to 3 sizes, got B {tuple(B.shape)}.")
+    if groups < 1 or (a_out * b_out) % groups:
+        raise ShapeError(
+            f"Expected groups to divide a_out * b_out = {a_out} * {b_out} = {a_out * b_out}, got groups={groups}."
+        )
+    if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != groups * a_in * b_in:
+        spatial = ", ".join(("depth", "height", "width")[-dims:])
+        raise ShapeError(
+            f"Expected x (N, in, {spatial}) or (in, {spatial}) with in = groups * a_in * b_in = {groups} * {a_in} * "
+            f"{b_in} = {groups * a_in * b_in}, got x of shape {tuple(x.shape)}."
+        )
+
+
 def _channels_last(x: torch.Tensor) -> bool:
+    """Whether an image x (N, in, *spatial) has its channels last in memory."""
     if functorch_active():  # vmap does not know memory formats
         return False
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return not x.is_contiguous() and x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
 
 
-def _mix(A: torch.Tensor, U: torch.Tensor, layout: str) -> torch.Tensor:
-    """Y (N, a_out, b_out, *spatial) from U (N, groups, a_in, r, b_out, *spatial): A times the right group's U.
+def _apply_A(A: torch.Tensor, U: torch.Tensor, layout: str) -> torch.Tensor:
+    """A (r, a_out, a_in) times the right group's U (N, groups, a_in, r, b_out, *spatial): (N, a_out, b_out, *spatial).
 
     Output channel o = i*b_out + u (or u*a_out + i) belongs to group o // (out / groups).
     """

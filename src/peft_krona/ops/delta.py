@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import ShapeError
+from ..factors import Layout
+from .plan import check_factors, check_layout
 
 
-def kron_delta_weight(A: torch.Tensor, B: torch.Tensor, *, scale: float = 1.0, layout: str = "kron") -> torch.Tensor:
+def kron_delta_weight(A: torch.Tensor, B: torch.Tensor, *, scale: float = 1.0, layout: Layout = "kron") -> torch.Tensor:
     """dW = s * layout(sum_n A_n (x) B_n), computed in fp32 (fp64 for fp64 factors).
 
     Args:
@@ -23,16 +24,11 @@ def kron_delta_weight(A: torch.Tensor, B: torch.Tensor, *, scale: float = 1.0, l
     >>> kron_delta_weight(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0], [4.0]]])).tolist()
     [[3.0, 6.0], [4.0, 8.0]]
     """
-    if A.dim() != 3 or B.dim() < 3 or A.shape[0] != B.shape[0]:
-        raise ShapeError(
-            f"Expected A (r, a_out, a_in) and B (r, b_out, b_in, *kernel) with one r, "
-            f"got A {tuple(A.shape)} and B {tuple(B.shape)}."
-        )
-    subscripts = {"kron": "nik,nuv...->iukv...", "diffusekrona": "nik,nuv...->uikv..."}
-    if layout not in subscripts:
-        raise ShapeError(f"layout={layout!r} is unknown; expected one of {tuple(subscripts)}.")
+    check_factors(A.shape, B.shape, kernel=True)
+    check_layout(layout)
+    subscripts = "nik,nuv...->iukv..." if layout == "kron" else "nik,nuv...->uikv..."
     dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
     A, B = A.to(dtype) * scale, B.to(dtype)
     # One term is an outer product: spelled as a product it costs one rounding an entry and one pass over memory.
-    dW = torch.einsum(subscripts[layout], A, B)
+    dW = torch.einsum(subscripts, A, B)
     return dW.reshape(A.shape[1] * B.shape[1], A.shape[2] * B.shape[2], *B.shape[3:]).contiguous()

@@ -6,9 +6,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..factors import Layout
+from .plan import check_factors, check_layout, check_values
+
 
 def kron_embedding(
-    ids: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, scale: float = 1.0, layout: str = "kron"
+    ids: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    *,
+    scale: float | torch.Tensor = 1.0,
+    layout: Layout = "kron",
 ) -> torch.Tensor:
     """Rows of dW^T for dW = s * layout(sum_n A_n (x) B_n) of shape (embedding_dim, num_embeddings).
 
@@ -19,10 +27,16 @@ def kron_embedding(
     Returns:
         (..., a_out * b_out) in the promoted dtype of A and B.
 
+    Raises:
+        ShapeError: if A and B do not belong together, or layout is unknown. BackendError: if A or B has no values.
+
     >>> A, B = torch.randn(1, 2, 3), torch.randn(1, 4, 5)
     >>> kron_embedding(torch.tensor([0, 14]), A, B).shape
     torch.Size([2, 8])
     """
+    check_layout(layout)
+    check_factors(A.shape, B.shape)
+    check_values(ids, A, B)
     r, a_out, a_in = A.shape
     _, b_out, b_in = B.shape
     a = F.embedding(ids.div(b_in, rounding_mode="floor"), A.permute(2, 0, 1).reshape(a_in, r * a_out) * scale)

@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
-import torch.nn.functional as F
 
 from .._compat import dispatch_modes, sees_single_ops
-from ..errors import BackendError, ShapeError
-from ..factors import LAYOUTS
-from .backend import choose_backend
-from .library import fused_add
-from .mix import MANY
-from .torch_impl import KronAdd, Plan, accumulated, autocasts, factored, no_autocast, prepared, scaled_by_number
-from .tuning import choose
+from ..errors import ShapeError
+from ..factors import Layout, Order
+from .backend import Backend, choose_backend
+from .dtypes import autocasts, compute_dtype, with_number
+from .node import run
+from .operands import Base, Frozen, Update
+from .plan import MANY, Plan, Target, cached_plan, check_x, make_plan
+from .torch_impl import KronAdd, inplace_op, plain_op
+from .triton.library import fused_add
 
 
 def kron_linear(
@@ -23,11 +22,11 @@ def kron_linear(
     A: torch.Tensor,
     B: torch.Tensor,
     *,
-    scale: float = 1.0,
-    base: torch.Tensor | None = None,
-    layout: str = "kron",
-    order: str | None = None,
-    backend: str | None = None,
+    scale: float | torch.Tensor = 1.0,
+    base: torch.Tensor | Frozen | None = None,
+    layout: Layout = "kron",
+    order: Order | None = None,
+    backend: Backend | None = None,
 ) -> torch.Tensor:
     """base + s * layout(sum_n A_n (x) B_n) x, without ever building the (out, in) matrix.
 
@@ -36,16 +35,18 @@ def kron_linear(
     Args:
         x: (..., in), in = a_in * b_in; any strides; may hold zero tokens.
         A: (r, a_out, a_in), left factors. B: (r, b_out, b_in), right factors. Cast to x's dtype (they are tiny).
-        scale: s.
-        base: (..., out) to add to, usually the frozen layer's output, or None for the product alone.
+        scale: s, a number or a tensor ().
+        base: what to add to. (..., out), usually the frozen layer's output; or `Frozen(weight, bias)`, the layer
+            itself, with weight (out, in) and bias (out,) or None, neither with a gradient: then x weight^T + bias and
+            the product are one autograd node. None gives the product alone.
         layout: "kron": dW[i*b_out + u, k*b_in + v] = s * sum_n A[n,i,k] B[n,u,v].
             "diffusekrona": dW[u*a_out + i, k*b_in + v] = the same (what the released DiffuseKronA code computes).
         order: "b_first" or "a_first" forces the contraction order; None takes the cheaper one (see factors.py).
-        backend: "torch", "triton" (CUDA, not fp64) or "auto": the quickest on this device, which the first call with a
-            new shape measures (docs/performance.md). None takes what PEFT_KRONA_BACKEND said at import, else "torch".
+        backend: "torch" or "triton" (CUDA, not fp64). None takes what PEFT_KRONA_BACKEND said at import, else "torch".
 
     Returns:
-        (..., out), out = a_out * b_out, in base's dtype if base is given, else in x's (autocast's under autocast).
+        (..., out), out = a_out * b_out, in the dtype of the base tensor if there is one, else in x's (autocast's under
+        autocast).
 
     Raises:
         ShapeError: if the shapes do not belong together, or layout or order is unknown.
@@ -58,147 +59,56 @@ def kron_linear(
     True
     """
     dtype = compute_dtype(x)
-    plan = _plan(x, A, B, layout, order, dtype)
-    if base is not None and base.shape != (*x.shape[:-1], plan.a_out * plan.b_out):
-        expected = (*x.shape[:-1], plan.a_out * plan.b_out)
-        raise ShapeError(f"Expected base of shape {expected}, got {tuple(base.shape)}.")
+    plan = plan_of(x, A, B, layout, order)
     backend = choose_backend(backend, x.device, dtype)
-    with no_autocast(x.device):
-        x = x if x.dtype == dtype else x.to(dtype)
-        if base is not None and base.dtype != dtype:  # e.g. an fp32 residual stream over a bf16 product
-            return base + _apply(x, A, B, scale, None, None, None, plan, backend).to(base.dtype)
-        return _apply(x, A, B, scale, base, None, None, plan, backend)
-
-
-def linear_kron_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    *,
-    scale: float = 1.0,
-    layout: str = "kron",
-    backend: str | None = None,
-) -> torch.Tensor:
-    """`kron_linear(x, A, B, scale=scale, base=F.linear(x, weight, bias))` as one autograd node, for a frozen base.
-
-    Args:
-        x: (..., in). weight: (out, in) and bias: (out,) or None; neither may require a gradient.
-        A, B, scale, layout, backend: as in `kron_linear`.
-
-    Returns:
-        (..., out) in weight's dtype (autocast's under autocast).
-    """
-    dtype = compute_dtype(x)
-    plan = _plan(x, A, B, layout, None, dtype)
-    backend = choose_backend(backend, x.device, dtype)
-    if not autocasts(x.device):  # F.linear itself reports an x and a weight of different dtypes
-        return _apply(x, A, B, scale, None, weight, bias, plan, backend)
+    if base is not None:
+        _check_base(x, base, plan)
+    update = Update(A, B, scale)
+    if not autocasts(x.device):
+        return compute(x, update, base, plan, backend)
     with torch.autocast(x.device.type, enabled=False):
-        x, weight, bias = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (x, weight, bias))
-        return _apply(x, A, B, scale, None, weight, bias, plan, backend)
+        if isinstance(base, Frozen):
+            base = Frozen(base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype))
+        return compute(x.to(dtype), update, base, plan, backend)
 
 
-def _plan(
-    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, layout: str, order: str | None, dtype: torch.dtype
-) -> Plan:
-    """The plan for these tensors, after checking that they fit."""
-    if torch.compiler.is_compiling():  # a graph shall serve any number of tokens
-        many, make = True, _check_plan
+def plan_of(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, layout: Layout, order: Order | None) -> Plan:
+    """The plan for x (..., in), A (r, a_out, a_in) and B (r, b_out, b_in), after checking that they fit."""
+    if torch.compiler.is_compiling():  # a graph has to serve any number of tokens
+        many, make = True, make_plan
     else:
         many = x.numel() >= MANY * x.shape[-1] if x.dim() else False
-        make = _checked_plan if type(A) in _REAL and type(B) in _REAL else _check_plan
-    plan = make(A.shape, B.shape, layout, order, A.device.type, dtype, many)
-    if (A.is_meta or B.is_meta) and not x.is_meta:  # torch would multiply with whatever is in memory
-        raise BackendError(
-            f"Expected A and B on x's device, {x.device}, got them on {A.device} and {B.device}, where they have no "
-            "values. Add and load adapters before the model is offloaded."
-        )
-    if x.is_nested or x.layout != torch.strided:
-        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
-        raise ShapeError(f"Expected x as an ordinary (strided) tensor, got a {kind} one. Pad it, or make it dense.")
-    if not x.dim() or x.shape[-1] != plan.a_in * plan.b_in:
-        raise ShapeError(
-            f"Expected x with a last dimension of a_in * b_in = {plan.a_in} * {plan.b_in} = {plan.a_in * plan.b_in}, "
-            f"got x of shape {tuple(x.shape)}."
-        )
+        make = cached_plan if type(A) in _REAL and type(B) in _REAL else make_plan
+    plan = make(A.shape, B.shape, layout, order, Target(A.device.type, compute_dtype(x), many))
+    check_x(x, A, B, plan)
     return plan
 
 
 _REAL = (torch.Tensor, torch.nn.Parameter)  # others, such as fake tensors, may have symbols for sizes
 
 
-def _check_plan(
-    A: tuple[int, ...],
-    B: tuple[int, ...],
-    layout: str,
-    order: str | None,
-    device: str,
-    dtype: torch.dtype,
-    many: bool,
-) -> Plan:
-    """The plan for factors of these shapes.
-
-    Raises:
-        ShapeError: with the shapes in the message, where they do not fit each other.
-    """
-    if layout not in LAYOUTS:
-        raise ShapeError(f"layout={layout!r} is unknown; expected one of {LAYOUTS}.")
-    if order not in (None, "b_first", "a_first"):
-        raise ShapeError(f"order={order!r} is unknown; expected 'b_first', 'a_first' or None.")
-    if len(A) != 3 or len(B) != 3 or A[0] != B[0] or min(*A, *B) < 1:
-        raise ShapeError(
-            "Expected A (r, a_out, a_in) and B (r, b_out, b_in) with one r and all sizes >= 1, "
-            f"got A {tuple(A)} and B {tuple(B)}."
-        )
-    return Plan.of_shapes(A, B, layout, order, None, device, dtype, MANY if many else 0)
+def _check_base(x: torch.Tensor, base: torch.Tensor | Frozen, plan: Plan) -> None:
+    """Raises ShapeError if base is not of shape (..., out), or a frozen layer's weight not (out, in). x: (..., in)."""
+    if isinstance(base, Frozen):
+        if base.weight.shape != (plan.n_out, plan.n_in):
+            expected, got = (plan.n_out, plan.n_in), tuple(base.weight.shape)
+            raise ShapeError(f"Expected a frozen weight of shape {expected}, got {got}.")
+    elif base.shape != (*x.shape[:-1], plan.n_out):
+        raise ShapeError(f"Expected base of shape {(*x.shape[:-1], plan.n_out)}, got {tuple(base.shape)}.")
 
 
-_checked_plan = functools.lru_cache(maxsize=4096)(_check_plan)  # asked for in every call, and a model has few shapes
-
-
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that a product of x is computed in: autocast's inside autocast (as F.linear), else x's own."""
-    if autocasts(x.device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
-def _needs_plain_ops() -> bool:
-    """Whether the op is to be ordinary torch: for all that looks at, records or differentiates its single ops.
-
-    A dispatch mode is one of them: selective activation checkpointing keeps the results of chosen ops, which must then
-    not be added to in place.
-    """
-    return torch.compiler.is_compiling() or sees_single_ops() or dispatch_modes() > 0
-
-
-def _apply(
-    x: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    scale: float | torch.Tensor,
-    base: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    plan: Plan,
-    backend: str,
-) -> torch.Tensor:
-    """base + the product (..., out), base being x weight^T + bias where a weight is given.
-
-    x (..., in) and base (..., out) of any strides; all but A and B of one dtype.
-    """
-    if backend == "auto":
-        into = "linear" if weight is not None else "base" if base is not None else "none"
-        backend, plan = choose(plan, x, into, _apply)
+def compute(x: torch.Tensor, update: Update, base: Base, plan: Plan, backend: Backend) -> torch.Tensor:
+    """base + the product (..., out) outside autocast, for x (..., in) in the compute dtype, of any strides."""
+    if isinstance(base, torch.Tensor) and base.dtype != x.dtype:  # e.g. an fp32 residual stream over a bf16 product
+        return base + compute(x, update, None, plan, backend).to(base.dtype)
     if backend == "triton":
-        return fused_add(x, A, B, scale, base, weight, bias, plan)
+        return fused_add(x, update, base, plan)
     x = x.contiguous()
-    if _needs_plain_ops():
-        base = base if weight is None else F.linear(x, weight, bias)
-        return factored(x, *prepared(A, B, scale, x.dtype), base, plan)
-    A, scale = scaled_by_number(A, scale)
+    # For all that looks at, records or differentiates single ops, the op is ordinary torch. A dispatch mode is one:
+    # selective activation checkpointing keeps the results of chosen ops, which must then not be added to in place.
+    if torch.compiler.is_compiling() or sees_single_ops() or dispatch_modes():
+        return plain_op(x, update, base, plan)
+    update = with_number(update)
     if torch.is_grad_enabled():
-        return KronAdd.apply(x, A, B, base, weight, bias, plan, scale)
-    return accumulated(x, A, B, base, weight, bias, plan, scale)[0]
+        return run(KronAdd, x, update, base, plan)
+    return inplace_op(x, update, base, plan)[0]

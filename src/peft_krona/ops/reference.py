@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import torch
 
+from ..factors import Layout
 
-def delta_weight_loop(A: torch.Tensor, B: torch.Tensor, scale: float = 1.0, layout: str = "kron") -> torch.Tensor:
+
+def delta_weight_loop(A: torch.Tensor, B: torch.Tensor, scale: float = 1.0, layout: Layout = "kron") -> torch.Tensor:
     """dW in float64 from the definition, entry block by entry block.
 
     kron:          dW[i*b_out + u, k*b_in + v] = s * sum_n A[n,i,k] B[n,u,v]     (DiffuseKronA, eq. 3)
@@ -38,8 +40,11 @@ def kron_linear_reference(
     *,
     scale: float = 1.0,
     base: torch.Tensor | None = None,
-    layout: str = "kron",
+    layout: Layout = "kron",
 ) -> torch.Tensor:
-    """base + x dW^T in float64 on the CPU, with dW from `delta_weight_loop`. Shapes as in `kron_linear`."""
+    """base + x dW^T in float64 on the CPU, with dW from `delta_weight_loop`.
+
+    x: (..., in). A: (r, a_out, a_in). B: (r, b_out, b_in). base: (..., out) or None.
+    """
     y = x.detach().to("cpu", torch.float64) @ delta_weight_loop(A, B, scale, layout).T
     return y if base is None else base.detach().to("cpu", torch.float64) + y

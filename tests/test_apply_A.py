@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms of the product with A: each against float64, and which one is taken."""
+"""The variants of the product with A: each against float64, and which one is taken."""
 
 import itertools
 
@@ -7,22 +7,28 @@ import pytest
 import torch
 
 from peft_krona.ops import kron_linear
-from peft_krona.ops.mix import FORMS, can_pair, default_form
+from peft_krona.ops.node import run
+from peft_krona.ops.operands import Frozen, Update
+from peft_krona.ops.plan import VARIANTS, Plan, Target, default_variant
 from peft_krona.ops.reference import delta_weight_loop
-from peft_krona.ops.torch_impl import KronAdd, Plan, factored
+from peft_krona.ops.torch_impl import KronAdd, plain_op
 
 LAYOUTS = ("kron", "diffusekrona")
-CASES = [case for case in itertools.product(FORMS, LAYOUTS) if can_pair(4, case[1]) or case[0] != "paired"]
+CASES = [case for case in itertools.product(VARIANTS, LAYOUTS) if case != ("paired", "diffusekrona")]
 SHAPES = [(5, 1, 4, 3, 2, 6), (7, 3, 2, 5, 6, 3), (3, 2, 8, 1, 1, 9), (4, 2, 6, 4, 7, 1), (0, 2, 4, 2, 3, 5)]
 
 
-def make(shape, layout, form, dtype=torch.float64):
-    """x, A, B as leaves, base, dy and the plan in that form, always b_first."""
+def make(shape, layout, variant, dtype=torch.float64):
+    """x, A, B as leaves, base, dy and the plan in that variant, always b_first."""
     tokens, r, a_out, a_in, b_out, b_in = shape
     x, A, B = torch.randn(tokens, a_in * b_in), torch.randn(r, a_out, a_in), torch.randn(r, b_out, b_in)
     base, dy = torch.randn(tokens, a_out * b_out), torch.randn(tokens, a_out * b_out)
     x, A, B, base, dy = (t.to(dtype) for t in (x, A, B, base, dy))
-    return [t.requires_grad_() for t in (x, A, B)], base, dy, Plan.of(A, B, layout, "b_first", form)
+    return [t.requires_grad_() for t in (x, A, B)], base, dy, Plan.of(A, B, layout, "b_first")._replace(variant=variant)
+
+
+def node(x, A, B, base, plan):
+    return run(KronAdd, x, Update(A, B), base, plan)
 
 
 def dense(leaves, base, dy, layout):
@@ -35,10 +41,10 @@ def dense(leaves, base, dy, layout):
     return [y.detach(), *torch.autograd.grad(y, (x, A, B), dy.double())]
 
 
-@pytest.mark.parametrize("form,layout", CASES)
+@pytest.mark.parametrize("variant,layout", CASES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_form_is_the_product(shape, form, layout):
-    leaves, base, dy, plan = make(shape, layout, form)
+def test_every_variant_is_the_product(shape, variant, layout):
+    leaves, base, dy, plan = make(shape, layout, variant)
     expected = dense(leaves, base, dy, layout)
     weight, bias = (
         torch.randn(base.shape[1], leaves[0].shape[1], dtype=torch.float64),
@@ -46,10 +52,10 @@ def test_every_form_is_the_product(shape, form, layout):
     )
     frozen = leaves[0].detach() @ weight.T + bias
     for y, offset in (
-        (KronAdd.apply(*leaves, base, None, None, plan, 1.0), 0),
-        (KronAdd.apply(*leaves, None, None, None, plan, 1.0), -base),
-        (factored(*leaves, base, plan), 0),
-        (KronAdd.apply(*leaves, None, weight, bias, plan, 1.0), frozen - base),
+        (node(*leaves, base, plan), 0),
+        (node(*leaves, None, plan), -base),
+        (plain_op(leaves[0], Update(*leaves[1:]), base, plan), 0),
+        (node(*leaves, Frozen(weight, bias), plan), frozen - base),
     ):
         torch.testing.assert_close(y.detach(), expected[0] + offset)
         dx, dA, dB = torch.autograd.grad(y, leaves, dy)
@@ -58,38 +64,38 @@ def test_every_form_is_the_product(shape, form, layout):
     torch.testing.assert_close(dx, expected[1] + dy @ weight)
 
 
-@pytest.mark.parametrize("form,layout", CASES)
-def test_every_form_has_second_derivatives(form, layout):
-    leaves, base, _, plan = make((2, 2, 4, 2, 3, 2), layout, form)
+@pytest.mark.parametrize("variant,layout", CASES)
+def test_every_variant_has_second_derivatives(variant, layout):
+    leaves, base, _, plan = make((2, 2, 4, 2, 3, 2), layout, variant)
     weight = torch.randn(base.shape[1], leaves[0].shape[1], dtype=torch.float64)
-    assert torch.autograd.gradgradcheck(lambda *leaves: KronAdd.apply(*leaves, base, None, None, plan, 1.0), leaves)
-    assert torch.autograd.gradgradcheck(lambda *leaves: KronAdd.apply(*leaves, None, weight, None, plan, 1.0), leaves)
+    assert torch.autograd.gradgradcheck(lambda *leaves: node(*leaves, base, plan), leaves)
+    assert torch.autograd.gradgradcheck(lambda *leaves: node(*leaves, Frozen(weight), plan), leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form,layout", CASES)
-def test_every_form_rounds_like_the_batched_one(form, layout, dtype):
+@pytest.mark.parametrize("variant,layout", CASES)
+def test_every_variant_rounds_like_the_batched_one(variant, layout, dtype):
     shape = (33, 2, 16, 4, 6, 20)
     results = {}
-    for name in (form, "batched"):
+    for name in (variant, "batched"):
         torch.manual_seed(0)
         leaves, base, dy, plan = make(shape, layout, name, dtype)
-        y = KronAdd.apply(*leaves, base, None, None, plan, 1.0)
+        y = node(*leaves, base, plan)
         results[name] = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
-    for got, batched, want in zip(results[form], results["batched"], dense(leaves, base, dy, layout), strict=True):
+    for got, batched, want in zip(results[variant], results["batched"], dense(leaves, base, dy, layout), strict=True):
         assert got.dtype == dtype
         error, plain = ((t.double() - want).abs().max() / want.abs().max() for t in (got, batched))
         assert error <= 2 * plain + torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("form,layout", CASES)
-def test_a_zero_factor_changes_nothing_bitwise(form, layout):
-    (x, A, B), base, _, plan = make((50, 2, 8, 4, 6, 8), layout, form, torch.float32)
-    assert torch.equal(KronAdd.apply(x, A, torch.zeros_like(B), base, None, None, plan, 1.0), base)
+@pytest.mark.parametrize("variant,layout", CASES)
+def test_a_zero_factor_changes_nothing_bitwise(variant, layout):
+    (x, A, B), base, _, plan = make((50, 2, 8, 4, 6, 8), layout, variant, torch.float32)
+    assert torch.equal(node(x, A, torch.zeros_like(B), base, plan), base)
 
 
 @pytest.mark.parametrize(
-    "Q,u,a_out,n_in,layout,device,dtype,form",
+    "Q,b_out,a_out,n_in,layout,device,dtype,variant",
     [
         (4, 5, 64, 320, "kron", "cpu", torch.float32, "expanded"),
         (4, 5, 64, 320, "diffusekrona", "cpu", torch.bfloat16, "expanded"),
@@ -100,17 +106,19 @@ def test_a_zero_factor_changes_nothing_bitwise(form, layout):
         (16, 8, 15, 240, "kron", "cpu", torch.float32, "batched"),  # 15 rows have no pairs
         (32, 10, 64, 640, "kron", "cpu", torch.float32, "batched"),  # too few rows for so many columns
         (4, 20, 64, 1280, "kron", "cpu", torch.float32, "batched"),
+        (4, 1, 64, 64, "kron", "cpu", torch.float32, "expanded"),  # A (x) I is A
         (4, 20, 64, 1280, "kron", "cuda", torch.bfloat16, "expanded"),
         (32, 40, 32, 1280, "kron", "cuda", torch.bfloat16, "batched"),  # as large as the frozen layer
     ],
 )
-def test_default_form(Q, u, a_out, n_in, layout, device, dtype, form):
-    assert default_form(Q, u, a_out, n_in, layout, device, dtype) == form
+def test_default_variant(Q, b_out, a_out, n_in, layout, device, dtype, variant):
+    plan = Plan(1, a_out, Q, b_out, n_in // Q, layout, "b_first")
+    assert default_variant(plan, Target(device, dtype, many=True)) == variant
 
 
 def test_few_tokens_are_not_paired():
     x, A, B = torch.randn(300, 640), torch.randn(1, 64, 8), torch.randn(1, 10, 80)
-    forms = {n: Plan.of(A, B, "kron", tokens=n).form for n in (77, 255, 256, 4096)}
-    assert forms == {77: "batched", 255: "batched", 256: "paired", 4096: "paired"}
+    variants = {n: Plan.of(A, B, "kron", tokens=n).variant for n in (77, 255, 256, 4096)}
+    assert variants == {77: "batched", 255: "batched", 256: "paired", 4096: "paired"}
     x, A, B = x.double(), A.double(), B.double()
     torch.testing.assert_close(kron_linear(x, A, B)[:77], kron_linear(x[:77], A, B))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the Triton kernels for GPUs that are not here. `python tests/offline.py` prints what every variant takes."""
+"""Compiles the Triton kernels for GPUs that are not here; run as a script, it prints what every variant takes."""
 
 import itertools
 import re
@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from peft_krona.ops.mix import MANY
-from peft_krona.ops.torch_impl import Plan
+from peft_krona.ops.plan import Target, make_plan
 
 ARCHITECTURES = (80, 90, 100)
 # (r, a_out, a_in, b_out, b_in): the paper's 1280-wide layer, 640 at (64, 8), 2048 wide, A first, square, odd sizes
@@ -37,7 +36,7 @@ class Resources(NamedTuple):
     token_lanes: int
 
 
-def compile_offline(
+def compile_for(
     kernel: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype, architecture: int, add: bool
 ) -> Resources:
     """Compile "forward" (`add`: to a base) or "backward" (`add`: to a given dX) for `sm_<architecture>`."""
@@ -45,12 +44,12 @@ def compile_offline(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from peft_krona.ops import triton_kernels
+    from peft_krona.ops.triton import kernels, launch
 
-    function = getattr(triton_kernels, f"{kernel}_kernel")
+    function = getattr(kernels, f"{kernel}_kernel")
     r, a_out, a_in, b_out, b_in = shape
-    plan = Plan.of_shapes((r, a_out, a_in), (r, b_out, b_in), layout, None, None, "cuda", dtype, MANY)
-    constants = {"z": triton_kernels.sizes(plan, dtype.itemsize)}
+    plan = make_plan((r, a_out, a_in), (r, b_out, b_in), layout, None, Target("cuda", dtype, many=True))
+    constants = {"z": launch.sizes(plan, dtype.itemsize)}
     if kernel == "backward":
         constants |= {"ADD": add, "NEED_X": True, "NEED_FACTORS": True}
     elif not add:
@@ -64,9 +63,9 @@ def compile_offline(
         for position, name in enumerate(function.arg_names)
         if name not in ("T", "chunk", "scale") and signature[name] != "constexpr"
     }
-    options = {"num_warps": triton_kernels.WARPS, "num_stages": triton_kernels.STAGES}
+    options = {"num_warps": launch.WARPS, "num_stages": launch.STAGES}
     if kernel == "forward":
-        options["maxnreg"] = triton_kernels.forward_registers(constants["z"], dtype.itemsize)
+        options["maxnreg"] = launch.forward_registers(constants["z"], dtype.itemsize)
     compiled = triton.compile(
         ASTSource(function, signature, constants, aligned),
         target=GPUTarget("cuda", architecture, 32),
@@ -82,10 +81,10 @@ def compile_offline(
 
 
 def _token_lanes(ttgir: str) -> int:
-    from peft_krona.ops import triton_kernels
+    from peft_krona.ops.triton import kernels
 
     layouts = set(re.findall(r"tt\.store .*tensor<\d+x\d+x\d+x!tt\.ptr<\w+>, (#\w+)>", ttgir))
-    tokens = 0 if triton_kernels.TOKENS_FIRST else 1
+    tokens = 0 if kernels.TOKENS_FIRST else 1
     lanes = [re.search(rf"{name} = .*threadsPerWarp = \[(\d+), (\d+), ", ttgir).groups() for name in layouts]
     return max(int(each[tokens]) for each in lanes)
 
@@ -139,6 +138,6 @@ if __name__ == "__main__":
         ARCHITECTURES,
     ):
         kernel, shape, layout, dtype, add, architecture = row
-        taken = compile_offline(kernel, SHAPES[shape], layout, dtype, architecture, add)
+        taken = compile_for(kernel, SHAPES[shape], layout, dtype, architecture, add)
         cells = (kernel, shape, layout, str(dtype)[6:], add, f"sm_{architecture}", *taken)
         print("|", " | ".join(map(str, cells)), "|", flush=True)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The product with A in plain torch, y[t] = A h[t] for every token, in the variant that suits the sizes.
+
+With Q = a_in * r (the terms ride along in it): A is (1, a_out, Q), h is (T, Q, b_out), and y is (T, a_out, b_out) for
+layout "kron", (T, b_out, a_out) for "diffusekrona". Variants:
+
+    batched     one small GEMM a token
+    paired      two rows of A are taken as one, (a_out/2, 2 Q) times [h 0; 0 h]: twice the multiplications, but twice
+                the columns as well, as MKL's fp32 GEMM takes 2.5 times as long below 12 columns ("kron" only)
+    expanded    one GEMM with A (x) I of b_out rows: b_out times the multiplications, at the speed of a large GEMM
+
+`plan.default_variant` chooses; docs/performance.md has the measurements behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .plan import MANY, Plan
+
+
+def apply_A(A: torch.Tensor, h: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """A (1, a_out, Q) times h (T, Q, b_out), as (T, out)."""
+    if plan.variant == "expanded":
+        T, Q, b_out = h.shape
+        return h.reshape(T, Q * b_out) @ _expanded(A, plan).t()
+    return torch.bmm(*_operands(A, h, plan)).reshape(h.shape[0], plan.a_out * plan.b_out)
+
+
+def add_A(y: torch.Tensor, A: torch.Tensor, h: torch.Tensor, plan: Plan) -> None:
+    """y (..., out) += apply_A(A, h), inside the GEMM, for A (1, a_out, Q) and h (T, Q, b_out).
+
+    y must be contiguous and owned by the caller.
+    """
+    T, Q, b_out = h.shape
+    if plan.variant == "expanded":
+        (y if y.dim() == 2 else y.view(T, plan.a_out * b_out)).addmm_(h.view(T, Q * b_out), _expanded(A, plan).t())
+    elif plan.variant == "paired":
+        y.view(T, plan.a_out // 2, 2 * b_out).baddbmm_(*_operands(A, h, plan))
+    elif plan.layout == "kron":
+        y.view(T, plan.a_out, b_out).baddbmm_(A.expand(T, -1, -1), h)
+    else:
+        y.view(T, b_out, plan.a_out).baddbmm_(h.mT, A.mT.expand(T, -1, -1))
+
+
+def _operands(A: torch.Tensor, h: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batched product that is y, of A (1, a_out, Q) and h (T, Q, b_out); not for "expanded"."""
+    T, Q, b_out = h.shape
+    if plan.variant == "paired":
+        h = torch.cat((h, h.new_zeros(T, Q, 2 * b_out), h), 2).view(T, 2 * Q, 2 * b_out)
+        return _paired(A).expand(T, -1, -1), h
+    if plan.layout == "kron":
+        return A.expand(T, -1, -1), h
+    return h.mT, A.mT.expand(T, -1, -1)
+
+
+def backward_A(
+    dy: torch.Tensor, A: torch.Tensor, h: torch.Tensor | None, plan: Plan, needs: Sequence[bool]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients (T, Q, b_out) of h and (1, a_out, Q) of A from dy (..., out), each if `needs` (h, A) says so.
+
+    A is (1, a_out, Q). h (T, Q, b_out) is only read for A's gradient, which comes in at least fp32.
+    """
+    (need_h, need_A), (_, a_out, Q), b_out = needs, A.shape, plan.b_out
+    T = dy.numel() // (a_out * b_out)
+    dh = dA = None
+    if plan.variant == "expanded":
+        dy = dy if dy.dim() == 2 else dy.view(T, a_out * b_out)
+        if need_h:
+            dh = torch.mm(dy, _expanded(A, plan)).view(T, Q, b_out)
+        if need_A:
+            assert h is not None
+            dA = _expanded_dA(torch.mm(dy.t(), h.view(T, Q * b_out)), plan)
+        return dh, dA
+    g = dy.view(T, a_out, b_out) if plan.layout == "kron" else dy.view(T, b_out, a_out).mT
+    if need_A:
+        assert h is not None
+        dA = sum_over_tokens(g, h)
+    if need_h and plan.variant == "paired":
+        pairs = torch.bmm(_paired(A).t().expand(T, -1, -1), g.view(T, a_out // 2, 2 * b_out))
+        pairs = pairs.view(T, Q, 2, 2 * b_out)
+        dh = pairs[:, :, 0, :b_out] + pairs[:, :, 1, b_out:]
+    elif need_h:
+        dh = torch.bmm(A.mT.expand(T, -1, -1), g)
+    return dh, dA
+
+
+def sum_over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """sum_t a[t] @ b[t]^T (1, p, s), for a (T, p, q) and b (T, s, q), summed and returned in at least fp32."""
+    wide = _wide(a.dtype)
+    # A batched GEMM with few columns takes up to three times as long on a CPU; with few tokens the turn takes longer.
+    if a.shape[1] > b.shape[1] and a.shape[0] >= MANY:
+        return torch.bmm(b, a.mT).sum(0, keepdim=True, dtype=wide).mT
+    return torch.bmm(a, b.mT).sum(0, keepdim=True, dtype=wide)
+
+
+def _paired(A: torch.Tensor) -> torch.Tensor:
+    """A (1, a_out, Q) as (a_out/2, Q 2): row 2i + j becomes the columns (q, j) of row i."""
+    _, a_out, Q = A.shape
+    return A.view(a_out // 2, 2, Q).transpose(1, 2).reshape(a_out // 2, 2 * Q)
+
+
+def _expanded(A: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """A (x) I (out, Q b_out) of A (1, a_out, Q), its rows in the order of y."""
+    _, a_out, Q = A.shape
+    b_out = plan.b_out
+    if b_out == 1:
+        return A.squeeze(0)
+    identity = torch.eye(b_out, dtype=A.dtype, device=A.device)
+    blocks = A.view(a_out, 1, Q, 1) * identity[:, None, :]  # (a_out, b_out, Q, b_out)
+    return (blocks if plan.layout == "kron" else blocks.transpose(0, 1)).reshape(a_out * b_out, Q * b_out)
+
+
+def _expanded_dA(product: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """A's gradient (1, a_out, Q) from that of A (x) I, product (out, Q b_out), of which only diagonals belong to A."""
+    a_out, b_out, Q = plan.a_out, plan.b_out, product.shape[1] // plan.b_out
+    wide = _wide(product.dtype)
+    if b_out == 1:
+        return product.view(1, a_out, Q).to(wide)
+    if plan.layout == "kron":
+        diagonals = product.view(a_out, b_out, Q, b_out).diagonal(dim1=1, dim2=3)
+    else:
+        diagonals = product.view(b_out, a_out, Q, b_out).diagonal(dim1=0, dim2=3)
+    return diagonals.sum(-1, dtype=wide).unsqueeze(0)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Plan`: the sizes of a Kronecker product, and how it is computed. Every check of shapes is here."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+
+from ..errors import BackendError, ShapeError
+from ..factors import LAYOUTS, ORDERS, Layout, Order, cheaper_order
+
+Variant: TypeAlias = Literal["batched", "paired", "expanded"]
+VARIANTS: tuple[Variant, ...] = ("batched", "paired", "expanded")  # of the product with A: see apply_A.py
+MANY = 256  # tokens from which the copies of "paired" pay
+
+
+class Target(NamedTuple):
+    """Where and on how much a product is computed: device type, dtype, whether on at least MANY tokens."""
+
+    device: str
+    dtype: torch.dtype
+    many: bool
+
+
+class Plan(NamedTuple):
+    """Sizes, layout, contraction order (torch_impl.py) and variant (apply_A.py; b_first only) of a product."""
+
+    r: int
+    a_out: int
+    a_in: int
+    b_out: int
+    b_in: int
+    layout: Layout
+    order: Order
+    variant: Variant = "batched"
+
+    @classmethod
+    def of(
+        cls, A: torch.Tensor, B: torch.Tensor, layout: Layout, order: Order | None = None, tokens: int = MANY
+    ) -> Plan:
+        """The plan for A (r, a_out, a_in) and B (r, b_out, b_in), where and as they are, for so many tokens."""
+        return make_plan(A.shape, B.shape, layout, order, Target(A.device.type, A.dtype, tokens >= MANY))
+
+    @property
+    def n_in(self) -> int:
+        """in = a_in * b_in."""
+        return self.a_in * self.b_in
+
+    @property
+    def n_out(self) -> int:
+        """out = a_out * b_out."""
+        return self.a_out * self.b_out
+
+    @property
+    def intermediate(self) -> int:
+        """Values a token between the two contractions."""
+        return self.r * (self.a_in * self.b_out if self.order == "b_first" else self.a_out * self.b_in)
+
+
+def make_plan(A: tuple[int, ...], B: tuple[int, ...], layout: Layout, order: Order | None, target: Target) -> Plan:
+    """The plan for factors of the shapes A = (r, a_out, a_in), B = (r, b_out, b_in); order None takes the cheaper one.
+
+    Raises:
+        ShapeError: if layout or order is unknown, or the shapes do not fit each other.
+    """
+    check_layout(layout)
+    if order is not None and order not in ORDERS:
+        raise ShapeError(f"order={order!r} is unknown; expected 'b_first', 'a_first' or None.")
+    check_factors(A, B)
+    plan = Plan(A[0], A[1], A[2], B[1], B[2], layout, order or cheaper_order(A[1], A[2], B[1], B[2]))
+    return plan._replace(variant=default_variant(plan, target))
+
+
+cached_plan = functools.lru_cache(maxsize=4096)(make_plan)  # asked for in every call, and a model has few shapes
+
+
+def check_layout(layout: str) -> None:
+    """Raises ShapeError if there is no such layout."""
+    if layout not in LAYOUTS:
+        raise ShapeError(f"layout={layout!r} is unknown; expected one of {LAYOUTS}.")
+
+
+def check_factors(A: tuple[int, ...], B: tuple[int, ...], kernel: bool = False) -> None:
+    """Check the shapes A = (r, a_out, a_in) and B = (r, b_out, b_in), with `kernel` (r, b_out, b_in, *kernel).
+
+    Raises:
+        ShapeError: with the shapes in the message.
+    """
+    if len(A) != 3 or (len(B) < 3 if kernel else len(B) != 3) or A[0] != B[0] or min(*A, *B) < 1:
+        raise ShapeError(
+            f"Expected A (r, a_out, a_in) and B (r, b_out, b_in{', *kernel' if kernel else ''}) with one r and all "
+            f"sizes >= 1, got A {tuple(A)} and B {tuple(B)}."
+        )
+
+
+def check_values(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> None:
+    """Refuse what torch would compute with whatever is in memory, or not at all: x (any shape) and A and B (any shape).
+
+    Raises:
+        ShapeError: if x is no strided tensor. BackendError: if A or B has no values.
+    """
+    if (A.is_meta or B.is_meta) and not x.is_meta:
+        raise BackendError(
+            f"Expected A and B on x's device, {x.device}, got them on {A.device} and {B.device}, where they have no "
+            "values. Add and load adapters before the model is offloaded."
+        )
+    if x.is_nested or x.layout != torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise ShapeError(f"Expected x as an ordinary (strided) tensor, got a {kind} one. Pad it, or make it dense.")
+
+
+def check_x(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, plan: Plan) -> None:
+    """Check x (..., in) and that A (r, a_out, a_in) and B (r, b_out, b_in) have values.
+
+    Raises:
+        ShapeError, BackendError: see `check_values`; or x is not as wide as the plan.
+    """
+    check_values(x, A, B)
+    if not x.dim() or x.shape[-1] != plan.n_in:
+        raise ShapeError(
+            f"Expected x with a last dimension of a_in * b_in = {plan.a_in} * {plan.b_in} = {plan.n_in}, "
+            f"got x of shape {tuple(x.shape)}."
+        )
+
+
+def default_variant(plan: Plan, target: Target) -> Variant:
+    """The variant of the product with A that suits this plan's sizes. docs/performance.md has the measurements."""
+    Q, u, n_in = plan.r * plan.a_in, plan.b_out, plan.n_in
+    if u == 1:  # A (x) I_1 is A: one GEMM, nothing to build
+        return "expanded"
+    if target.device != "cpu":  # launches and tensor cores: one GEMM, while it stays small beside the frozen layer's
+        return "expanded" if 4 * Q * u <= n_in else "batched"
+    if u <= 5 and 2 * Q * u <= n_in:  # a matrix of at most half of dW's size
+        return "expanded"
+    narrow = u < 12 and can_pair(plan) and plan.a_out >= 4 * Q
+    # With few tokens, copying h takes longer than the quicker GEMM saves.
+    return "paired" if narrow and target.dtype == torch.float32 and target.many else "batched"
+
+
+def can_pair(plan: Plan) -> bool:
+    """Whether the variant "paired" exists."""
+    return plan.layout == "kron" and plan.a_out % 2 == 0
