@@ -235,7 +235,7 @@ def _for_this_model(
     """The config, held to the layers that have weights where the model has more of these names.
 
     AnimateDiff's motion modules and IP-Adapter's projections have attention layers too, whose short names are among the
-    usual targets (diffusers#7661). Such a layer is told by its place: the adapter has none of that kind, numbers aside.
+    usual targets (diffusers#7661). Such a layer is told by its place: the adapter has none in blocks of that kind.
     """
     trained = {key.rpartition(".krona_")[0] for key in state_dict if ".krona_" in key}
     layers = {name for name, module in model.named_modules() if type(module) is not nn.ModuleDict}
@@ -261,7 +261,10 @@ def _for_this_model(
 
 
 def _kind(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.|$)", ".#", name)
+    """The repeated block that a layer is in, numbers aside; where it is in none, the module around it."""
+    pattern = re.sub(r"\.\d+(?=\.|$)", ".#", name.removesuffix(".0"))
+    block = re.match(r"(.*\.#)\.", pattern)
+    return block[1] if block else pattern.rpartition(".")[0]
 
 
 def _is_target(config: KronAConfig, name: str) -> bool:

@@ -56,16 +56,17 @@ def unfiltered(
             where the model is sharded, so that its own tensors are no whole ones.
     """
     keys = factor_keys(model, adapter_name)
-    clashing = [other for other in others if any(f".{other}." in f".{key}" for key in keys)]
+    whole = [f"{name}." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    clashing = [other for other in others if any(f".{other}." in f".{key}" for key in (*keys, *whole))]
     if not clashing:
         return state_dict
-    whole = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     own = model.state_dict()
-    if any(f".{other}." in f".{name}." for other in clashing for name in whole) or any(
-        own.get(key, torch.empty(0)).shape != shape for key, shape in keys.items()
-    ):
+    unsafe = next((other for other in clashing if any(f".{other}." in f".{name}" for name in whole)), None)
+    if unsafe is None and any(own.get(key, torch.empty(0)).shape != shape for key, shape in keys.items()):
+        unsafe = clashing[0]
+    if unsafe is not None:
         raise FormatError(
-            f"The adapter {adapter_name!r} cannot be saved beside an adapter named {clashing[0]!r}, which is also a "
+            f"The adapter {adapter_name!r} cannot be saved beside an adapter named {unsafe!r}, which is also a "
             "layer's name: PEFT would leave out weights. Remove that adapter, or load it under another name."
         )
     layers = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
