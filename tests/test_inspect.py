@@ -9,9 +9,20 @@ from convert_fixtures import anything, attention, random_adapter, tiny_clip, tin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_krona import KronAConfig, KronALayer
 from peft_krona.convert import AdapterFile, LayerUpdate
 from peft_krona.errors import FormatError
-from peft_krona.inspection import MAX_CORE, LayerStats, delta_norm, inspect_adapter, plot, singular_values, table
+from peft_krona.inspection import (
+    MAX_CORE,
+    LayerStats,
+    delta_norm,
+    inspect_adapter,
+    plot,
+    shares,
+    singular_values,
+    table,
+)
+from peft_krona.share import share_of
 
 side = st.integers(1, 6)
 
@@ -80,6 +91,25 @@ def test_table(tmp_path):
     ]
     assert float(row[9]) == pytest.approx(relative, rel=5e-3) and row[-1] == "float32"
     assert f"{adapter.num_parameters():,} parameters" in text
+
+
+@pytest.mark.parametrize("models", [{"unet": tiny_unet}, {"unet": tiny_unet, "text_encoder": tiny_clip}], ids=len)
+def test_share_of_the_base_model_is_the_one_of_the_model(models, tmp_path):
+    models = {name: make() for name, make in models.items()}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    targets = ["to_q", "to_k", "conv1", "q_proj", "token_embedding"]
+    wanted, layers = {}, []
+    for name, model in models.items():
+        model.add_adapter(KronAConfig(target_modules=targets, a_out=4, a_in=2, init_weights=False))
+        wanted[name] = share_of(model)
+        layers += [
+            LayerUpdate(name, module, layer.krona_A["default"].detach(), layer.krona_B["default"].detach())
+            for module, layer in model.named_modules()
+            if isinstance(layer, KronALayer)
+        ]
+    assert shares(AdapterFile(tuple(layers)), tmp_path) == wanted
+    assert all(share.other and share.linear and share.of_weights > 0.01 for share in wanted.values())
 
 
 def test_a_base_model_without_the_layers(tmp_path):

@@ -21,7 +21,7 @@ LAYERS = [
     {"factors", "_register"},
     {"ops", "config", "targets", "rollback"},
     {"layers", "convert"},  # convert reads and writes files without the model half
-    {"merge", "combine", "state_dict", "_diffusers", "adapter_names"},
+    {"merge", "combine", "share", "state_dict", "_diffusers", "adapter_names"},
     {"model"},
     {"peft_krona"},  # __init__
     {"sources", "inspection"},

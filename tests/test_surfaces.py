@@ -325,6 +325,7 @@ def test_print_trainable_parameters(capsys):
     total = sum(p.numel() for p in mlp().parameters()) + 33
     assert capsys.readouterr().out == (
         f"trainable params: 33 || all params: {total:,d} || trainable%: {100 * 33 / total:.4f}\n"
+        f"KronA adapts 1 of 2 Linear layers, {100 * 200 / (total - 33):.1f}% of the weights\n"
     )
     assert model.get_nb_trainable_parameters() == (33, total)
 

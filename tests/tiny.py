@@ -8,14 +8,13 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -24,6 +23,87 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 WIDTH = 32  # of every text encoder
+
+
+# Denoisers by class: what makes one tiny.
+DENOISERS: dict[str, dict] = {
+    "UNet2DConditionModel": dict(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+    ),
+    "SD3Transformer2DModel": dict(
+        sample_size=8, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        caption_projection_dim=32, joint_attention_dim=WIDTH, pooled_projection_dim=2 * WIDTH, out_channels=4,
+    ),
+    "FluxTransformer2DModel": dict(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=[4, 4, 8],
+    ),
+    "Flux2Transformer2DModel": dict(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, axes_dims_rope=(4, 4, 4, 4), timestep_guidance_channels=32, guidance_embeds=False,
+    ),
+    "QwenImageTransformer2DModel": dict(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+    ),
+    "ZImageTransformer2DModel": dict(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 6, 6], axes_lens=[32, 32, 32],
+    ),
+    "Krea2Transformer2DModel": dict(
+        in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=64, timestep_embed_dim=16, text_hidden_dim=32, num_text_layers=3, text_num_attention_heads=2,
+        text_num_key_value_heads=2, text_intermediate_size=32, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    ),
+    "Ideogram4Transformer2DModel": dict(
+        in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, intermediate_size=32, adaln_dim=16,
+        llm_features_dim=32, mrope_section=(4, 2, 2),
+    ),
+    "Lumina2Transformer2DModel": dict(
+        sample_size=8, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1, num_attention_heads=2,
+        num_kv_heads=2, multiple_of=16, axes_dim_rope=(4, 6, 6), axes_lens=(16, 16, 16), cap_feat_dim=16,
+    ),
+    "SanaTransformer2DModel": dict(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=16,
+        sample_size=8,
+    ),
+    "HiDreamImageTransformer2DModel": dict(
+        patch_size=2, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        caption_channels=[32, 16], text_emb_dim=16, num_routed_experts=2, num_activated_experts=1,
+        axes_dims_rope=(8, 8), max_resolution=(16, 16), llama_layers=[0, 1],
+    ),
+    "CogVideoXTransformer3DModel": dict(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=4,
+        text_embed_dim=16, num_layers=2, sample_width=8, sample_height=8, sample_frames=5, max_text_seq_length=8,
+    ),
+    "CosmosTransformer3DModel": dict(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2, text_embed_dim=16,
+        adaln_lora_dim=4, max_size=(4, 8, 8),
+    ),
+    "ChromaTransformer2DModel": dict(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, axes_dims_rope=(4, 4, 8), approximator_num_channels=8, approximator_hidden_dim=16,
+        approximator_layers=1,
+    ),
+    "PixArtTransformer2DModel": dict(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2,
+        cross_attention_dim=32, sample_size=8, caption_channels=16,
+    ),
+    "JoyImageEditPlusTransformer3DModel": dict(
+        patch_size=[1, 2, 2], in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=16, num_layers=1,
+        rope_dim_list=[4, 6, 6],
+    ),
+}  # fmt: skip
+
+
+def tiny_denoiser(name: str) -> torch.nn.Module:
+    """A denoiser by its class in diffusers."""
+    torch.manual_seed(0)
+    return getattr(diffusers, name)(**DENOISERS[name]).eval()
 
 
 @lru_cache
@@ -47,11 +127,8 @@ def text_encoder(cls: type = CLIPTextModel) -> torch.nn.Module:
 
 
 def unet(cross_attention_dim: int = WIDTH, **kwargs) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=cross_attention_dim, **kwargs,
-    ).eval()  # fmt: skip
+    fields = {**DENOISERS["UNet2DConditionModel"], "cross_attention_dim": cross_attention_dim, **kwargs}
+    return UNet2DConditionModel(**fields).eval()
 
 
 def vae(latent_channels: int = 4, **kwargs) -> AutoencoderKL:
@@ -86,10 +163,7 @@ def sdxl_pipeline() -> StableDiffusionXLPipeline:
 
 def sd3_pipeline() -> StableDiffusion3Pipeline:
     torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-        caption_projection_dim=32, joint_attention_dim=WIDTH, pooled_projection_dim=2 * WIDTH, out_channels=4,
-    ).eval()  # fmt: skip
+    transformer = tiny_denoiser("SD3Transformer2DModel")
     return _quiet(
         StableDiffusion3Pipeline(
             transformer, FlowMatchEulerDiscreteScheduler(), vae(shift_factor=0.0),
@@ -101,10 +175,7 @@ def sd3_pipeline() -> StableDiffusion3Pipeline:
 
 def flux_pipeline() -> FluxPipeline:
     torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=[4, 4, 8],
-    ).eval()  # fmt: skip
+    transformer = tiny_denoiser("FluxTransformer2DModel")
     return _quiet(
         FluxPipeline(
             FlowMatchEulerDiscreteScheduler(), vae(shift_factor=0.0), text_encoder(), tokenizer(), None, None,

@@ -7,6 +7,7 @@
 >>> model = get_peft_model(model, peft_krona.KronAConfig(target_modules=["0"]))
 >>> model.print_trainable_parameters()
 trainable params: 384 || all params: 33,408 || trainable%: 1.1494
+KronA adapts 1 of 1 Linear layers, 99.2% of the weights
 """
 
 from . import _register
@@ -19,8 +20,10 @@ from .layers import KronALayer  # noqa: E402
 from .merge import merged  # noqa: E402
 from .model import KronAModel  # noqa: E402
 from .ops import kron_linear  # noqa: E402
+from .share import line as _share_line  # noqa: E402
 
 _register.register(KronAConfig, KronAModel, KronALayer)
+_register.add_to_print(_share_line)
 _diffusers.register()
 
 __version__ = "0.1.0"

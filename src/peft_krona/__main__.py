@@ -29,7 +29,7 @@ from .convert.merge_pipeline import merge_pipeline
 from .convert.safetensors_io import read_weights
 from .errors import FormatError, KronAError
 from .factors import LAYOUTS
-from .inspection import check_picture_name, inspect_adapter, plot, table
+from .inspection import check_picture_name, inspect_adapter, plot, shares, table
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -148,8 +148,12 @@ def _names_need_base(adapter: AdapterFile) -> bool:
 def _inspect(options: argparse.Namespace) -> None:
     if options.plot:
         check_picture_name(options.plot)
-    stats = inspect_adapter(read_adapter(options.input), options.base)
+    adapter = read_adapter(options.input)
+    stats = inspect_adapter(adapter, options.base)
     print(table(stats))
+    if options.base:
+        for component, share in shares(adapter, options.base).items():
+            print(f"{component}: KronA adapts {share}")
     if options.plot:
         plot(stats, options.plot, Path(options.input).name)
         print(f"wrote {options.plot}")

@@ -8,7 +8,9 @@ tuners of their own, which has no hook at all.
 
 from __future__ import annotations
 
-from typing import Union
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Union
 
 from peft.utils.peft_types import PeftType, register_peft_method
 
@@ -71,6 +73,30 @@ def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
         except KeyError as error:
             raise RegistrationError(f"PEFT refuses to register {NAME}: {error.args[0]}") from error
     _register_with_mixed_models(config_cls, model_cls, layer_cls)
+
+
+def add_to_print(line: Callable[[Any], str | None]) -> None:
+    """Let `print_trainable_parameters` of PEFT's models print `line(model)` as well, unless that is None."""
+    from peft.mixed_model import PeftMixedModel
+    from peft.peft_model import PeftModel
+
+    for cls in (PeftModel, PeftMixedModel):
+        _add_to_print(cls, line)
+
+
+def _add_to_print(cls: type, line: Callable[[Any], str | None]) -> None:
+    original = cls.print_trainable_parameters
+    original = getattr(original, "_before_peft_krona", original)
+
+    @wraps(original)
+    def print_trainable_parameters(self):
+        original(self)
+        text = line(self)
+        if text is not None:
+            print(text)
+
+    print_trainable_parameters._before_peft_krona = original
+    cls.print_trainable_parameters = print_trainable_parameters
 
 
 def _register_with_mixed_models(config_cls: type, model_cls: type, layer_cls: type) -> None:

@@ -56,8 +56,8 @@ class KronAConfig(PeftConfig):
 
     Args:
         target_modules: Names of the modules to adapt: a list of names or name endings, one regex over full names,
-            "all-linear", or None for the default of a known architecture (diffusers models: the attention projections
-            to_q, to_k, to_v, to_out.0).
+            "all-linear", or None for the default of a known architecture (models of diffusers: the layers that its
+            LoRA script for the family trains, see `peft_krona.targets`, or the attention projections).
         exclude_modules: Names (list) or a regex of modules to leave out.
         a_out, a_in: Sizes of the left factor A_i. Where one does not divide a layer's size, the largest divisor below
             it is taken (see `strict_factors`).

@@ -8,16 +8,18 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp
+from math import exp, prod
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .convert import AdapterFile, LayerUpdate
-from .convert.names import to_file_name
+from .convert.names import is_embedding, to_file_name
 from .convert.safetensors_io import read_header, read_weights
+from .convert.shapes import shapes_of_folder
 from .errors import FormatError
+from .share import Share
 
 # A core larger than this (many terms of large factors) has no singular values computed: minutes for each layer.
 MAX_CORE = 1536
@@ -115,6 +117,36 @@ def _base_norms(folder: Path, adapter: AdapterFile) -> dict[str, float]:
     if missing:
         raise FormatError(f"{folder}: the base model's safetensors files have no weight for {missing[0]}.")
     return norms
+
+
+def shares(adapter: AdapterFile, base: str | os.PathLike) -> dict[str, Share]:
+    """{component: which of its layers and what share of its weights the adapter sits on}.
+
+    Args:
+        base: the folder of the base pipeline.
+
+    Raises:
+        FormatError: if the base model has no safetensors files, or one of them is damaged.
+    """
+    shapes = shapes_of_folder(base)
+    found = {}
+    for component in adapter.components:
+        names = {layer.name.removeprefix(f"{component}.") for layer in adapter if layer.component == component}
+        names = {to_file_name(component, name) for name in names}
+        modules = shapes.get(component, {})
+        linear = {name for name, shape in modules.items() if len(shape) == 2 and not is_embedding(name)}
+        found[component] = Share(
+            linear=len(linear & names),
+            all_linear=len(linear),
+            other=len(names & modules.keys() - linear),
+            weights=sum(prod(modules[name]) for name in names & modules.keys()),
+            all_weights=sum(
+                prod(shape)
+                for path in Path(base, component).glob("*.safetensors")
+                for _, shape in read_header(path).values()
+            ),
+        )
+    return found
 
 
 def table(stats: Sequence[LayerStats]) -> str:

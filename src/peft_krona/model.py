@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,9 @@ from .config import KronAConfig
 from .errors import FormatError, UnsupportedLayerError
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, KronALayer, Linear
 from .rollback import forget_adapter, undone_on_error
+from .share import warn_if_small
 from .state_dict import remember_settings, unfiltered, without_nesting
-from .targets import CLIP_TARGET_MODULES, DIFFUSERS_TARGET_MODULES
+from .targets import CLIP_TARGET_MODULES, default_target_modules, entry_of, is_diffusers_model
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +60,10 @@ class KronAModel(BaseTuner):
     }
 
     def _prepare_adapter_config(self, peft_config: KronAConfig, model_config: dict) -> KronAConfig:
-        if peft_config.target_modules is None and type(self.model).__module__.partition(".")[0] == "diffusers":
-            peft_config.target_modules = set(DIFFUSERS_TARGET_MODULES)
+        if peft_config.target_modules is None and is_diffusers_model(self.model):
+            peft_config.target_modules = default_target_modules(
+                self.model, peft_config.layers_to_transform, peft_config.layers_pattern
+            )
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -68,6 +72,8 @@ class KronAModel(BaseTuner):
         Raises:
             ConfigError: if the name is not allowed, see `check_adapter_name`.
         """
+        config = self.peft_config[adapter_name]
+        guessed = config.target_modules is None and is_diffusers_model(model) and entry_of(model) is None
         try:
             with undone_on_error(model):
                 check_adapter_name(model, adapter_name)
@@ -75,6 +81,9 @@ class KronAModel(BaseTuner):
         except BaseException:
             forget_adapter(model, self.peft_config, adapter_name)
             raise
+        if guessed:
+            warn_if_small(model, adapter_name)
+        _warn_of_unmatched_factors(model, adapter_name, config)
 
     def _check_target_module_compatiblity(self, peft_config: KronAConfig, model: nn.Module, target_name: str) -> None:
         super()._check_target_module_compatiblity(peft_config, model, target_name)
@@ -253,6 +262,20 @@ class KronAModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _warn_of_unmatched_factors(model: nn.Module, adapter_name: str, config: KronAConfig) -> None:
+    """As PEFT warns of keys of its own patterns."""
+    if not config.factor_pattern:
+        return
+    names = [n for n, m in model.named_modules() if isinstance(m, KronALayer) and adapter_name in m.krona_A]
+    unmatched = sorted(k for k in config.factor_pattern if not any(re.match(rf"(.*\.)?({k})$", n) for n in names))
+    if unmatched:
+        warnings.warn(
+            f"The following factor_pattern keys did not match any targeted module and were ignored: {unmatched}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _inject_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple:

@@ -51,7 +51,7 @@ def add_krona(
 
     Args:
         pipe: a diffusers pipeline.
-        config: for the UNet or transformer; None: (64, 4) on the attention projections. It is copied per model.
+        config: for the UNet or transformer; None: (64, 4) on the layers in `peft_krona.targets`. Copied per model.
         text_encoder_config: for every text encoder; True: (64, 4) on the attention projections; None: leave them alone.
         adapter_name: the adapter's name in all models.
         autocast_adapter_dtype: keep the adapter in float32 if the model is float16 or bfloat16 (as get_peft_model
