@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test demo app test-app lint clean
+.PHONY: test demo app test-app docs lint clean
 
 test: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -23,6 +23,10 @@ test-app: $(VENV)/.ready $(VENV)/.app
 	$(RUN) -m pip install --quiet -c constraints.txt playwright
 	command -v chromium || command -v chromium-browser || command -v google-chrome || apt-get install -y chromium
 	$(RUN) -m pytest tests/test_app.py tests/test_app_browser.py
+
+# the site, in output/docs
+docs: $(VENV)/.ready
+	PYTHONPATH=src $(RUN) -m mkdocs build --strict
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -67,6 +67,9 @@ WRITTEN = {
     "bitsandbytes 0.50.2": (">=3.10", ["torch<3,>=2.4", "numpy>=1.17"]),
     "prodigyopt 1.1.2": (">=3.6", []),
     "schedulefree 1.4.1": (">=3.4", ["torch"]),
+    "mkdocs-material 9.8.2": (">=3.11", []),
+    "mkdocstrings 1.0.8": (">=3.11", []),
+    "mkdocstrings-python 2.0.11": (">=3.11", ["mkdocstrings>=1.0.8"]),
     "gradio 6.31.0": (
         ">=3.10",
         ["numpy<3.0,>=1.0", "pandas<4.0,>=1.0", "pillow<13.0,>=8.0", "huggingface-hub<3.0,>=1.16.0"],

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The docs site: it builds strictly, the code of its pages runs, and the messages that it explains are the code's."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_krona.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [DOCS / "index.md", DOCS / "settings.md", *sorted((DOCS / "how_to").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
+def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    """All blocks of the page in turn, as one program."""
+    if "load_in_4bit" in page.read_text(encoding="utf-8") and not torch.cuda.is_available():
+        pytest.skip("diffusers loads 4-bit models on a GPU only")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), {"__name__": "__main__"})
+
+
+def test_commands_run(tmp_path, monkeypatch):
+    """`python -m peft_krona` of every page, on an adapter where they expect one."""
+    from diffusers import StableDiffusionPipeline
+
+    from peft_krona.pipelines import add_krona, save_krona_weights
+
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    pipe = StableDiffusionPipeline.from_pretrained("examples/assets/emoji-sd")
+    add_krona(pipe)
+    save_krona_weights(pipe, "output/my-adapter")
+    found = [c[3:] for page in PAGES for c in commands(page) if c[:3] == ["python", "-m", "peft_krona"]]
+    assert len(found) == 4
+    for arguments in found:
+        assert main(arguments) == 0, arguments
+
+
+def test_training_commands_parse():
+    from examples.dreambooth.arguments import parse_args
+
+    found = [c for page in PAGES for c in commands(page) if c[:2] == ["accelerate", "launch"]]
+    assert len(found) == 5
+    for command in found:
+        start = command.index("examples/dreambooth_kron.py") + 1
+        assert parse_args(command[start:]).instance_data_dir == "my-dog"
+
+
+def test_messages_of_the_troubleshooting_page_are_the_code_s():
+    sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    # string literals on neighbouring lines are one message
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(p.read_text(encoding="utf-8") for p in sources))
+    quoted = re.findall(r'^\| "([^"]+)"', (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(quoted) >= 14
+    plain = re.sub(r"\{[^{}]*\}", "{}", code)
+    missing = [q for q in quoted if q not in code and q not in plain and q != "The loss is nan"]
+    assert not missing
+
+
+@pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs mkdocs: pip install -e '.[docs]'")
+def test_the_site_builds_strictly(tmp_path):
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    assert "load_krona_weights" in api and "Raises" in api
