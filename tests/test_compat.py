@@ -2,6 +2,7 @@
 """Each private thing of torch, accelerate and diffusers that the library looks at is still what it was."""
 
 import pytest
+import tiny
 import torch
 from adapted import adapted_mlp
 from torch import nn
@@ -147,3 +148,7 @@ def test_the_flag_of_a_model_with_adapters():
     for mixin in mixins:
         assert getattr(mixin, _compat.ADAPTERS_LOADED) is False
     assert not hasattr(adapted_mlp(), _compat.ADAPTERS_LOADED)
+    model = tiny.unet()
+    assert getattr(model, _compat.HOTSWAP_SETTINGS) is None
+    model.enable_lora_hotswap(target_rank=2)
+    assert getattr(model, _compat.HOTSWAP_SETTINGS)["target_rank"] == 2

@@ -22,6 +22,7 @@ LAYERS = [
     {"ops", "config", "targets", "rollback"},
     {"layers", "convert"},  # convert reads and writes files without the model half
     {"merge", "combine", "share", "state_dict", "_diffusers", "adapter_names"},
+    {"hotswap"},
     {"model"},
     {"peft_krona"},  # __init__
     {"sources", "inspection"},

@@ -14,7 +14,7 @@ from . import _register
 
 _register.add_enum_member()
 
-from . import _diffusers  # noqa: E402  (needs PeftType.KRONA)
+from . import _diffusers, hotswap  # noqa: E402  (needs PeftType.KRONA)
 from .config import KronAConfig  # noqa: E402  (needs PeftType.KRONA)
 from .layers import KronALayer  # noqa: E402
 from .merge import merged  # noqa: E402
@@ -24,6 +24,7 @@ from .share import line as _share_line  # noqa: E402
 
 _register.register(KronAConfig, KronAModel, KronALayer)
 _register.add_to_print(_share_line)
+_register.register_hotswap(KronAConfig, hotswap.swap, hotswap.prepare, hotswap.make_scalings_tensors)
 _diffusers.register()
 
 __version__ = "0.1.0"

@@ -67,6 +67,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 # The attribute by which diffusers and transformers remember that a model has adapters.
 ADAPTERS_LOADED = "_hf_peft_config_loaded"
+# The attribute in which diffusers' `enable_lora_hotswap` keeps its arguments until the first adapter is loaded.
+HOTSWAP_SETTINGS = "_prepare_lora_hotswap_kwargs"
 
 
 def is_offloaded(module: nn.Module) -> bool:

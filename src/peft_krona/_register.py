@@ -124,3 +124,47 @@ def _register_with_mixed_models(config_cls: type, model_cls: type, layer_cls: ty
 
     _create_and_replace._before_peft_krona = original
     mixed.MixedModel._create_and_replace = _create_and_replace
+
+
+def register_hotswap(
+    config_cls: type,
+    swap: Callable[..., None],
+    pad: Callable[..., bool],
+    make_scalings_tensors: Callable[..., bool],
+) -> None:
+    """Let PEFT's `hotswap_adapter` and `prepare_model_for_compiled_hotswap` take KronA, too: they know LoRA only.
+
+    Args:
+        swap(model, config, state_dict, adapter_name): puts weights in an adapter's place.
+        pad(model, r), make_scalings_tensors(model): prepare a model; each says whether it had an adapter.
+    """
+    from peft.utils import hotswap
+
+    hotswap.CONFIG_KEYS_TO_CHECK[PeftType.KRONA] = ["layout"]
+    swap_lora, pad_lora, lora_scalings = (
+        getattr(getattr(hotswap, name), "_before_peft_krona", getattr(hotswap, name))
+        for name in ("hotswap_adapter_from_state_dict", "_pad_lora_weights", "_convert_scalings_to_tensor")
+    )
+
+    @wraps(swap_lora)
+    def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config, *args, **kwargs):
+        if isinstance(config, config_cls):
+            swap(model, config, state_dict, adapter_name)
+        else:
+            swap_lora(model, state_dict, adapter_name, config, *args, **kwargs)
+
+    @wraps(pad_lora)
+    def _pad_lora_weights(model, target_rank):
+        return pad(model, target_rank) | pad_lora(model, target_rank)
+
+    @wraps(lora_scalings)
+    def _convert_scalings_to_tensor(model):
+        return make_scalings_tensors(model) | lora_scalings(model)
+
+    for original, wrapper in (
+        (swap_lora, hotswap_adapter_from_state_dict),
+        (pad_lora, _pad_lora_weights),
+        (lora_scalings, _convert_scalings_to_tensor),
+    ):
+        wrapper._before_peft_krona = original
+        setattr(hotswap, original.__name__, wrapper)

@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,16 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import cast_adapter_dtype, check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import save_file
 from torch import nn
 
+from ._compat import HOTSWAP_SETTINGS
 from .adapter_names import check_adapter_name
 from .config import PEFT_PREFIX, KronAConfig
 from .convert import read_adapter
 from .errors import ConfigError, FormatError
+from .hotswap import plan_swap
 from .layers import KronALayer
 from .rollback import undone_on_error
 from .sources import DENOISERS, Components, find, is_krona_config, plain_keys, read_own
@@ -160,7 +163,9 @@ def load_krona_weights(
         weight: strength; None leaves it at 1.
         weight_name: a single file within `source`. subfolder: a folder within it.
         config: the settings that a file of KronA weights was trained with, if it was saved without them.
-        hotswap: put the weights in the place of those of the adapter that has this name already.
+        hotswap: put the weights in the place of those of the adapter that has this name already; a compiled model is
+            not compiled again. Layers and factor sizes must be the same; for other numbers of terms, and so that s can
+            differ, call `pipe.enable_lora_hotswap(target_rank=...)` with the largest r before the first one is loaded.
         revision, token, hub: for the Hub, as huggingface_hub's `snapshot_download` takes them.
 
     Returns:
@@ -196,11 +201,28 @@ def load_components(
         raise FormatError(
             f"{where} has weights for {missing}, but this {type(pipe).__name__} has only {sorted(models)}."
         )
+    if hotswap:
+        others = [
+            name
+            for name, model in models.items()
+            if name not in components and isinstance(getattr(model, "peft_config", {}).get(adapter_name), KronAConfig)
+        ]
+        if others:
+            raise FormatError(
+                f"{where} cannot take the place of adapter {adapter_name!r}, which has weights for {others} as well. "
+                "The adapter that is there is unchanged. Load the other one under another name."
+            )
+        plans = [
+            _plan_swap(models[name], config, state_dict, adapter_name, f"{where}: {name}")
+            for name, (config, state_dict) in components.items()
+        ]
+        for name, apply in zip(components, plans, strict=True):  # nothing is swapped before all of them fit
+            apply()
+            _set_weight(models[name], adapter_name, weight)
+        return list(components)
     with undone_on_error(*(models[name] for name in components)):
         for name, (config, state_dict) in components.items():
-            load_into_model(
-                models[name], config, state_dict, adapter_name, weight, hotswap=hotswap, where=where, component=name
-            )
+            load_into_model(models[name], config, state_dict, adapter_name, weight, where=where, component=name)
     return list(components)
 
 
@@ -217,13 +239,27 @@ def load_into_model(
 ) -> None:
     """Load one model's adapter. Raises as `load_krona_weights`."""
     if hotswap:
-        raise ConfigError(
-            f"hotswap=True is not supported for KronA adapters yet. Load {where} under another adapter_name, or delete "
-            f"{adapter_name!r} first."
-        )
+        _plan_swap(model, config, state_dict, adapter_name, f"{where}: {component}")()
+        _set_weight(model, adapter_name, weight)
+        return
     state_dict = plain_keys(state_dict)
     _add_adapter(model, _for_this_model(model, config, state_dict, where), adapter_name, component)
     _load_state_dict(model, state_dict, adapter_name, where=f"{where}: {component}")
+    prepared = getattr(model, HOTSWAP_SETTINGS, None)  # by diffusers' enable_lora_hotswap
+    if prepared is not None:
+        prepare_model_for_compiled_hotswap(model, **prepared)
+        setattr(model, HOTSWAP_SETTINGS, None)
+    _set_weight(model, adapter_name, weight)
+
+
+def _plan_swap(
+    model: nn.Module, config: KronAConfig, state_dict: Mapping[str, torch.Tensor], adapter_name: str, where: str
+) -> Callable[[], None]:
+    expected = [key.removesuffix(f".{adapter_name}") for key in factor_keys(model, adapter_name)]
+    return plan_swap(model, config, _named_as(expected, plain_keys(state_dict)), adapter_name, where)
+
+
+def _set_weight(model: nn.Module, adapter_name: str, weight: float | None) -> None:
     if weight is not None:
         for layer in _krona_layers(model):
             layer.set_scale(adapter_name, weight)
@@ -281,13 +317,7 @@ def _load_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, wher
         FormatError: names the keys that are missing, left over or of the wrong shape.
     """
     expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    if not expected.keys() & state_dict.keys():
-        # transformers 5 dropped "text_model." from CLIPTextModel's module names, and files are from before and after
-        prefix = "text_model."
-        if all(key.startswith(prefix) for key in state_dict):
-            state_dict = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
-        elif all(key.startswith(prefix) for key in expected):
-            state_dict = {prefix + key: tensor for key, tensor in state_dict.items()}
+    state_dict = _named_as(expected, state_dict)
     problems = [f"no weights for {key}" for key in expected if key not in state_dict]
     problems += [f"no layer for {key}" for key in state_dict if key not in expected]
     problems += [
@@ -302,6 +332,20 @@ def _load_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, wher
             "Was it trained on another base model, or is the file damaged?"
         )
     set_peft_model_state_dict(model, state_dict, adapter_name=adapter_name)
+
+
+def _named_as(expected: Collection[str], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict with or without "text_model.", as the model's names have it.
+
+    transformers 5 dropped it from CLIPTextModel's module names, and files are from before and after.
+    """
+    prefix = "text_model."
+    if not state_dict.keys() & set(expected):
+        if all(key.startswith(prefix) for key in state_dict):
+            return {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
+        if all(key.startswith(prefix) for key in expected):
+            return {prefix + key: tensor for key, tensor in state_dict.items()}
+    return dict(state_dict)
 
 
 def models_of(pipe: Any) -> dict[str, nn.Module]:

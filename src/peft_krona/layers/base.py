@@ -37,7 +37,8 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     Attributes (dicts by adapter name):
         krona_A: (r, a_out, a_in). krona_B: (r, b_out, b_in), for convolutions (r, b_out, b_in, *kernel).
-        r, alpha, scaling: number of terms, alpha, and s as it is applied now (scaling times any weight set since).
+        r, alpha, scaling: number of terms, alpha, and s as it is applied now (scaling times any weight set since); a
+            tensor in a model that is prepared for hotswapping.
         base_scaling: s as the config defines it. layout: "kron" or "diffusekrona".
     """
 
@@ -61,7 +62,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self.krona_dropout = nn.ModuleDict({})
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
+        self.scaling: dict[str, float | torch.Tensor] = {}
         self.base_scaling: dict[str, float] = {}
         self.layout: dict[str, Layout] = {}
         self.module_dropout: dict[str, float] = {}
@@ -150,19 +151,26 @@ class KronALayer(nn.Module, BaseTunerLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Weight an adapter: s = scale * the scaling of its config. Unknown names are ignored, as PEFT's LoRA does."""
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.base_scaling[adapter]
+            self._set_scaling(adapter, scale * self.base_scaling[adapter])
 
     def scale_layer(self, scale: float) -> None:
         """Multiply s of the active adapters."""
         for name in self.active_adapters:
             if name in self.scaling and scale != 1:
-                self.scaling[name] *= scale
+                self._set_scaling(name, self.scaling[name] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide s of the active adapters by `scale`; None restores what their config says."""
         for name in self.active_adapters:
             if name in self.scaling:
-                self.scaling[name] = self.base_scaling[name] if scale is None else self.scaling[name] / scale
+                self._set_scaling(name, self.base_scaling[name] if scale is None else self.scaling[name] / scale)
+
+    def _set_scaling(self, name: str, s: float | torch.Tensor) -> None:
+        current = self.scaling[name]
+        if isinstance(current, torch.Tensor):  # of a model that is prepared for hotswapping: keep the tensor
+            current.fill_(s)
+        else:
+            self.scaling[name] = s
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         # Where PEFT puts new factors. An 8-bit float is a weight's storage, nothing computes or trains in it.

@@ -46,7 +46,8 @@ def choose_backend(asked: Backend | None, device: torch.device, dtype: torch.dty
         BackendError: if that is unknown or cannot compute in `dtype` on `device`. There is no silent second choice.
     """
     backend = asked or DEFAULT
-    if backend == "torch" and backend in _announced:
+    # A graph must not depend on what was announced: the first eager call after it would compile it again.
+    if backend == "torch" and (torch.compiler.is_compiling() or backend in _announced):
         return backend
     if backend not in BACKENDS:
         source = f"backend={backend!r}" if asked else f"PEFT_KRONA_BACKEND={backend}"
@@ -55,7 +56,7 @@ def choose_backend(asked: Backend | None, device: torch.device, dtype: torch.dty
     if backend == "triton" and (reason := why_not_triton(device, dtype)) is not None:
         source = "backend='triton'" if asked else "PEFT_KRONA_BACKEND=triton"
         raise BackendError(f"{source} was asked for, but {reason}. backend='torch' works everywhere.")
-    if backend not in _announced and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and backend not in _announced:
         _announced.add(backend)
         logger.info("Kronecker products on %s in %s: backend %r.", device.type, dtype, backend)
     return cast(Backend, backend)
