@@ -3,11 +3,21 @@
 
 import re
 import runpy
+import shutil
 import sys
 
 import pytest
 import torch
-from convert_fixtures import anything, attention, image, random_adapter, relative, tiny_pipeline
+from convert_fixtures import (
+    anything,
+    attention,
+    image,
+    random_adapter,
+    relative,
+    tiny_clip,
+    tiny_pipeline,
+    tiny_unet,
+)
 from safetensors.torch import load_file, save_file
 
 from peft_krona.__main__ import main
@@ -248,3 +258,116 @@ def test_it_runs_as_a_module(monkeypatch, capsys):
     assert status.value.code == 0
     text = capsys.readouterr().out
     assert all(command in text for command in ("convert", "inspect", "merge", "extract"))
+
+
+# -- folders with variants, and single-file checkpoints ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sd_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd")
+    pipe = tiny_pipeline(folder)
+    pipe.save_pretrained(folder / "plain")
+    pipe.unet.half(), pipe.text_encoder.half(), pipe.vae.half()
+    pipe.save_pretrained(folder / "fp16", variant="fp16")
+    return folder
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["only fp16", "both"])
+def test_folders_with_a_variant(sd_folder, both, tmp_path, capsys):
+    """The variant is found where there is nothing else; where there is, the plain weights are those that count."""
+    folder = tmp_path / "pipe"
+    shutil.copytree(sd_folder / "fp16", folder)
+    if both:
+        shutil.copytree(sd_folder / "plain", folder, dirs_exist_ok=True)
+    adapter = random_adapter({"unet": tiny_unet(), "text_encoder": tiny_clip()}, attention)
+    export(adapter, tmp_path / "adapter", "peft")
+    assert main(["merge", str(folder), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    found = {dtype for dtypes in floats(tmp_path / "merged").values() for dtype in dtypes}
+    assert found == {torch.float32 if both else torch.float16}
+    assert main(["inspect", str(tmp_path / "adapter"), "--base", str(folder)]) == 0
+    arguments = ["convert", str(tmp_path / "adapter"), str(tmp_path / "x"), "--to", "lokr", "--base", str(folder)]
+    assert main(arguments) == 0
+    assert "error" not in capsys.readouterr().err
+
+
+def test_variants_of_which_none_loads_the_whole_pipeline(sd_folder, tmp_path, capsys):
+    folder = tmp_path / "pipe"
+    shutil.copytree(sd_folder / "fp16", folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.ema.safetensors"))
+    export(random_adapter({"unet": tiny_unet()}, attention), tmp_path / "adapter", "peft")
+    assert main(["merge", str(folder), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 1
+    assert "only as the variants ema, fp16, and which one is meant is not told" in capsys.readouterr().err
+
+
+def checkpoint(noise=0.0, dtype=torch.float32):
+    """A single file as it is downloaded: original names, with VAE and text encoder."""
+    shapes = {
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": (64, 64),
+        "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
+        "model.diffusion_model.out.2.weight": (4, 8, 3, 3),
+        "first_stage_model.decoder.conv_in.weight": (8, 4, 3, 3),
+        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (32, 16),
+        "model.diffusion_model.out.0.weight": (8,),
+    }
+    base = {key: torch.randn(shape, generator=torch.Generator().manual_seed(len(key))) for key, shape in shapes.items()}
+    generator = torch.Generator().manual_seed(9)
+    return {key: (t + noise * torch.randn(t.shape, generator=generator)).to(dtype) for key, t in base.items()}
+
+
+def test_extract_from_single_file_checkpoints(tmp_path, capsys):
+    save_file(checkpoint(), tmp_path / "a.safetensors")
+    save_file(checkpoint(0.01), tmp_path / "b.safetensors")
+    common = ["extract", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+    factors = ["--a-out", "8", "--a-in", "2"]
+    assert main([*common, str(tmp_path / "unet"), *factors, "--r", "16"]) == 0
+    adapter = read_adapter(tmp_path / "unet")
+    query = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert {layer.name for layer in adapter} == {f"unet.{query}", "unet.conv_in", "unet.conv_out"}
+    dW = checkpoint(0.01)[f"model.diffusion_model.{LDM_QUERY}"] - checkpoint()[f"model.diffusion_model.{LDM_QUERY}"]
+    layer = next(layer for layer in adapter if layer.module == query)
+    assert relative(layer.delta_weight(), dW) < 1e-5  # 16 terms of (8, 2): all there are
+    assert main(["convert", str(tmp_path / "unet"), str(tmp_path / "x"), "--to", "lora", "--base", "sd15"]) == 0
+    assert main([*common, str(tmp_path / "text"), *factors, "--component", "text_encoder"]) == 0
+    assert [layer.name for layer in read_adapter(tmp_path / "text")] == [
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    ]
+    assert main([*common, str(tmp_path / "none"), *factors, "--component", "text_encoder_2"]) == 1
+    assert "checkpoint of denoiser, text_encoder, vae; --component text_encoder_2 is not" in capsys.readouterr().err
+
+
+LDM_QUERY = "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+
+
+def test_extract_says_what_it_leaves_out(tmp_path, capsys):
+    before, after = checkpoint(), checkpoint(dtype=torch.float16)
+    after["model.diffusion_model.input_blocks.0.0.weight"] = torch.randn(8, 9, 3, 3).half()  # inpainting
+    del before["model.diffusion_model.out.2.weight"]
+    save_file(before, tmp_path / "a.safetensors")
+    save_file(after, tmp_path / "b.safetensors")
+    arguments = ["extract", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), str(tmp_path / "out")]
+    assert main(arguments) == 1  # the rest is the same but for its rounding
+    captured = capsys.readouterr()
+    assert "left out conv_in.weight: its shape is (8, 4, 3, 3) and (8, 9, 3, 3)" in captured.out
+    assert "left out conv_out.weight: only one of the two models has it" in captured.out
+    assert "rounded to the coarser" in captured.out and "do not differ" in captured.err
+    after[f"model.diffusion_model.{LDM_QUERY}"] += 0.5
+    save_file(after, tmp_path / "b.safetensors")
+    assert main([*arguments, "--a-out", "8", "--a-in", "2"]) == 0
+    assert len(read_adapter(tmp_path / "out")) == 1
+
+
+def test_extract_from_transformer_checkpoints_takes_fused_projections_apart(tmp_path):
+    shapes = {"double_blocks.0.img_attn.qkv.weight": (96, 32), "single_blocks.0.linear1.weight": (224, 32)}
+    before = {key: torch.randn(shape) for key, shape in shapes.items()}
+    after = {key: t + 0.1 * torch.randn(t.shape) for key, t in before.items()}
+    save_file(before, tmp_path / "a.safetensors")
+    save_file(after, tmp_path / "b.safetensors")
+    arguments = ["extract", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), str(tmp_path / "out")]
+    assert main([*arguments, "--component", "transformer", "--a-out", "4", "--a-in", "2", "--r", "8"]) == 0
+    found = {layer.module: layer for layer in read_adapter(tmp_path / "out")}
+    key = "single_blocks.0.linear1.weight"
+    mlp = found["single_transformer_blocks.0.proj_mlp"]
+    assert mlp.shape == (128, 32) and len(found) == 7
+    assert relative(mlp.delta_weight(), (after[key] - before[key])[96:]) < 1e-5

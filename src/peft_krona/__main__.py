@@ -25,8 +25,8 @@ from .convert import (
     read_adapter,
     shapes_of_folder,
 )
+from .convert.checkpoints import read_component
 from .convert.merge_pipeline import merge_pipeline
-from .convert.safetensors_io import read_weights
 from .errors import FormatError, KronAError
 from .factors import LAYOUTS
 from .inspection import check_picture_name, inspect_adapter, plot, shares, table
@@ -54,6 +54,7 @@ _FLAGS = (
     (r"\bbase_model=(\S+?):", r"--base \1:"),
     (r"\bbase_model: ", "--base "),
     (r"\bbase_model\b", "--base"),
+    (r"\bcomponent='(\w+)'", r"--component \1"),
     (r"\bpicture='([^']*)'", r"--plot \1"),
 )
 
@@ -99,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.set_defaults(run=_merge)
 
     extract = commands.add_parser("extract", help="the nearest adapter to the difference of two models")
-    extract.add_argument("before", help="the base model's safetensors file, or a component's folder")
+    extract.add_argument(
+        "before", help="the base model: a safetensors file (a whole checkpoint too), or a component's folder"
+    )
     extract.add_argument("after", help="the fine-tuned model's")
     extract.add_argument("output", help="new PEFT folder")
     extract.add_argument("--a-out", type=int, default=64)
@@ -168,8 +171,9 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _extract(options: argparse.Namespace) -> None:
     adapter, errors = from_difference(
-        _weights(options.before),
-        _weights(options.after),
+        *_comparable(
+            read_component(options.before, options.component), read_component(options.after, options.component)
+        ),
         options.a_out,
         options.a_in,
         r=options.r,
@@ -181,15 +185,27 @@ def _extract(options: argparse.Namespace) -> None:
     print(export(adapter, options.output, "peft"))
 
 
-def _weights(path: str) -> dict[str, torch.Tensor]:
-    """The weights of a safetensors file, or of all such files in a folder."""
-    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
-    if not files:
-        raise FormatError(f"{path}: there are no safetensors files in this folder.")
-    weights: dict[str, torch.Tensor] = {}
-    for file in files:
-        weights.update(read_weights(file))
-    return weights
+def _comparable(
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights that both models have, in the same shape and dtype; what is left out is printed."""
+    shapes = {key: (before[key].shape, after[key].shape) for key in before if key in after}
+    for key in sorted(before.keys() ^ after.keys()):
+        if key.endswith(".weight"):
+            print(f"left out {key}: only one of the two models has it")
+    for key, (one, other) in shapes.items():
+        if one != other:
+            print(f"left out {key}: its shape is {tuple(one)} and {tuple(other)}")
+    common = [key for key, (one, other) in shapes.items() if one == other]
+    coarser = [key for key in common if before[key].dtype != after[key].dtype]
+    if coarser:
+        print(
+            f"{len(coarser)} weights have two dtypes: the finer are rounded to the coarser, so that this is no change"
+        )
+    for key in coarser:
+        dtype = min(before[key].dtype, after[key].dtype, key=lambda dtype: (dtype.itemsize, -torch.finfo(dtype).eps))
+        before[key], after[key] = before[key].to(dtype), after[key].to(dtype)
+    return {key: before[key] for key in common}, {key: after[key] for key in common}
 
 
 if __name__ == "__main__":

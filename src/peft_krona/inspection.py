@@ -18,6 +18,7 @@ from .convert import AdapterFile, LayerUpdate
 from .convert.names import is_embedding, to_file_name
 from .convert.safetensors_io import read_header, read_weights
 from .convert.shapes import shapes_of_folder
+from .convert.weight_files import variant_of, weight_files
 from .errors import FormatError
 from .share import Share
 
@@ -107,8 +108,9 @@ def _base_norms(folder: Path, adapter: AdapterFile) -> dict[str, float]:
     """||W||_F of the adapted layers."""
     wanted = {layer.name for layer in adapter}
     norms = {}
+    variant = variant_of(folder) if folder.is_dir() else None
     for component in adapter.components:
-        for path in sorted((folder / component).glob("*.safetensors")):
+        for path in weight_files(folder / component, variant):
             weights = [key for key in read_header(path) if key.endswith(".weight")]
             names = {key: f"{component}.{to_file_name(component, key.removesuffix('.weight'))}" for key in weights}
             for key, weight in read_weights(path, {key for key in weights if names[key] in wanted}):

@@ -14,6 +14,7 @@ from .names import to_module_name
 from .record import AdapterFile
 from .safetensors_io import new_folder, read_header
 from .shapes import shapes_of_models
+from .weight_files import variant_of, weight_files
 
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -43,7 +44,8 @@ def merge_pipeline(
 
     Args:
         folder: a pipeline's folder. adapter: to merge, scale included. out: a new folder. dtype: of the copy's weights;
-            None keeps the one that each component is stored in.
+            None keeps the one that each component is stored in. A folder with nothing but a variant ("fp16") is read
+            as that.
 
     Raises:
         FormatError: if `folder` is no pipeline, the adapter does not fit it, or `out` exists. Nothing is left then.
@@ -55,8 +57,9 @@ def merge_pipeline(
     if not (folder / "model_index.json").is_file():
         raise FormatError(f"{folder}: expected the folder of a diffusers pipeline, with model_index.json.")
     with new_folder(out) as new:
+        variant = variant_of(folder)
         pipe = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=dtype or _stored_dtypes(folder), local_files_only=True
+            folder, torch_dtype=dtype or _stored_dtypes(folder, variant), variant=variant, local_files_only=True
         )
         merge_into_models(pipe.components, adapter)
         _check_finite(pipe.components)
@@ -75,10 +78,11 @@ def _check_finite(components: dict[str, nn.Module]) -> None:
                 )
 
 
-def _stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+def _stored_dtypes(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
     """{component: dtype of its first floating-point weight} of those with safetensors, float32 for others."""
     dtypes = {"default": torch.float32}
-    for path in sorted(folder.glob("*/*.safetensors"), reverse=True):  # the first file is entered last
-        stored = [_STORED[dtype] for dtype, _ in read_header(path).values() if dtype in _STORED]
-        dtypes |= {path.parent.name: stored[0]} if stored else {}
+    for component in (path for path in folder.iterdir() if path.is_dir()):
+        headers = [read_header(path) for path in weight_files(component, variant)]
+        stored = [_STORED[dtype] for header in headers for dtype, _ in header.values() if dtype in _STORED]
+        dtypes |= {component.name: stored[0]} if stored else {}
     return dtypes

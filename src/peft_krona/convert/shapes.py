@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import FormatError
 from .names import is_embedding, to_file_name
 from .safetensors_io import read_header
+from .weight_files import variant_of, weight_files
 
 
 def shapes_of_models(models: Mapping[str, nn.Module]) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -50,7 +51,9 @@ def shapes_of_folder(folder: str | os.PathLike) -> dict[str, dict[str, tuple[int
         FormatError: if there are no safetensors weights in it.
     """
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for path in sorted(Path(folder).glob("*/*.safetensors")):
+    variant = variant_of(folder)
+    files = (path for part in sorted(Path(folder).iterdir()) if part.is_dir() for path in weight_files(part, variant))
+    for path in files:
         component = path.parent.name
         for key, (_, shape) in read_header(path).items():
             if key.endswith(".weight") and len(shape) > 1:
