@@ -21,7 +21,8 @@ LAYERS = [
     {"factors", "_register"},
     {"ops", "config", "targets", "rollback"},
     {"layers", "convert"},  # convert reads and writes files without the model half
-    {"merge", "combine", "share", "state_dict", "_diffusers", "adapter_names"},
+    {"adapter_names"},
+    {"merge", "combine", "share", "state_dict", "_diffusers"},
     {"hotswap"},
     {"model"},
     {"peft_krona"},  # __init__

@@ -27,8 +27,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_krona import KronAConfig, KronALayer
-from peft_krona.errors import ConfigError, FactorError
+from peft_krona.errors import ConfigError
 from peft_krona.ops import kron_delta_weight
+from peft_krona.ops.reference import delta_weight_loop
 
 X = torch.randn(5, 10, generator=torch.Generator().manual_seed(1))
 
@@ -430,24 +431,60 @@ def test_weighted_sum_of_convolutions_and_embeddings():
         torch.testing.assert_close(layer.get_delta_weight("sum"), want)
 
 
-def test_factors_that_differ_name_the_layer():
-    model = adapted_mlp()
-    model.add_adapter("other", config(["lin1"], a_out=2))
-    before = snapshot(model)
-    with pytest.raises(FactorError, match=r"Cannot combine adapters on 'lin1': their \(a_out, a_in\) differ, "
-                                          r"\{'default': \(4, 2\), 'other': \(2, 2\)\}"):  # fmt: skip
-        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
-    assert_same_bits(model, before)
-    assert "sum" not in model.peft_config
+# (settings of "default" and of "other", r of the sum): (terms by layer, is the sum exact up to rounding)
+UNEQUAL = {
+    "equal": (({}, {}), None, {"lin0": 2, "lin1": 2}, True),
+    "factors": (({}, {"a_out": 2}), None, {"lin0": 2, "lin1": 2}, False),
+    "factors, terms suffice": (({"a_out": 2, "a_in": 1}, {"a_out": 1, "a_in": 2}), 2, {"lin0": 2, "lin1": 2}, True),
+    "one divides the other": (({}, {"a_out": 2}), 8, {"lin0": 3, "lin1": 3}, True),
+    "layouts": (({}, {"layout": "diffusekrona"}), None, {"lin0": 2, "lin1": 2}, False),
+    "layouts, terms suffice": (({"a_out": 2}, {"a_out": 2, "layout": "diffusekrona"}), 4, {"lin0": 4, "lin1": 4}, True),
+    "layouts on layers apart": (({"targets": ["lin0"]}, {"targets": ["lin1"], "layout": "diffusekrona"}), None,
+                                {"lin0": 1, "lin1": 1}, False),
+    "fewer terms": (({"r": 2}, {"r": 2}), 3, {"lin0": 3, "lin1": 3}, False),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("targets", [["lin1"], ["lin0", "lin1"]], ids=["apart", "overlapping"])
-def test_layouts_that_differ_cannot_be_one_adapter(targets):
-    model = get_peft_model(mlp(), config(["lin0"], layout="kron"))
-    model.add_adapter("other", config(targets, layout="diffusekrona"))
-    with pytest.raises(FactorError, match=r"different layouts, {'default': 'kron', 'other': 'diffusekrona'}"):
-        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
-    assert "sum" not in model.peft_config
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_weighted_sum_of_unequal_adapters(name, caplog):
+    (first, second), r, terms, exact = UNEQUAL[name]
+    model = get_peft_model(mlp(), config(**{"targets": ["lin0", "lin1"], **first}))
+    model.add_adapter("other", config(**{"targets": ["lin0", "lin1"], **second}))
+    errors = model.add_weighted_adapter(["default", "other"], [0.7, -1.5], "sum", r=r)
+    assert (errors == {}) == (name == "equal") == ("nearest Kronecker sum" not in caplog.text)
+    for layer_name, layer in krona_layers(model.base_model.model).items():
+        parts = {"default": 0.7, "other": -1.5}
+        want = sum(
+            delta_weight_loop(layer.krona_A[a], layer.krona_B[a], w, layer.layout[a])
+            for a, w in parts.items()
+            if a in layer.krona_A
+        )
+        got = delta_weight_loop(layer.krona_A["sum"], layer.krona_B["sum"], 1.0, layer.layout["sum"])
+        error = ((got - want).norm() / want.norm()).item()
+        if layer_name in errors:
+            assert (
+                abs(error - errors[layer_name]) <= 1e-7 and f"  {layer_name}: {errors[layer_name]:.1e} " in caplog.text
+            )
+        if exact or layer_name not in errors:
+            assert error <= 8 * torch.finfo(torch.float32).eps, layer_name
+    assert exact or max(errors.values()) > 1e-3  # the table would be wrong
+    assert {n: layer.r["sum"] for n, layer in krona_layers(model.base_model.model).items()} == terms
+    assert model.peft_config["sum"].layout in ("kron", "diffusekrona")
+
+
+def test_weighted_sum_is_the_nearest_one():
+    """Against the singular values of the rearranged sum, for each of the factors that there are."""
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 8)), config(a_out=4, a_in=2))
+    model.add_adapter("other", config(a_out=2, a_in=3, r=2))
+    errors = model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    layer = model.base_model.model[0]
+    want = sum(delta_weight_loop(layer.krona_A[a], layer.krona_B[a], 1.0, "kron") for a in ("default", "other"))
+    best = []
+    for a_out, a_in in ((4, 2), (2, 3)):
+        blocks = want.detach().reshape(a_out, 8 // a_out, a_in, 12 // a_in).permute(0, 2, 1, 3)
+        values = torch.linalg.svdvals(blocks.reshape(a_out * a_in, -1))
+        best.append((values[3:].norm() / values.norm()).item())
+    assert abs(errors["0"] - min(best)) <= 1e-6 and layer.r["sum"] == 3
 
 
 @pytest.mark.parametrize(
@@ -462,6 +499,8 @@ def test_layouts_that_differ_cannot_be_one_adapter(targets):
         ((["default"], [1.0], "default"), "Adapter 'default' exists already. Delete it first or choose another name"),
         ((["default"], [float("nan")], "sum"), r"Weights must be finite, got \[nan\]"),
         ((["default", "default"], [1.0, 1.0], "sum"), "Each adapter may be named once"),
+        ((["default"], [1.0], "sum", "linear", 0), "r=0 is not allowed; expected an integer >= 1, or None"),
+        ((["default"], [1.0], "lin0"), "adapter_name='lin0' is not allowed: it is a part of the model's own names"),
         ((["default"], [1.0], "sum", "svd"), "combination_type='svd' is not offered; use 'linear', which is exact"),
     ],
     ids=lambda v: str(v)[:30],

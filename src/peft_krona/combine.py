@@ -1,33 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact linear combinations of adapters: the terms of a sum of Kronecker sums are the terms of its parts."""
+"""Linear combinations of adapters.
+
+The terms of a sum of Kronecker sums are the terms of its parts where these have one shape and layout: exact. Where they
+have not, the nearest Kronecker sum is taken, which is exact too if its number of terms suffices.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
+from collections import Counter
 from dataclasses import replace
 from math import isfinite
+from typing import NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 
-from .errors import ConfigError, FactorError
+from .adapter_names import check_adapter_name
+from .errors import ConfigError
+from .factors import Layout
 from .layers import KronALayer
+from .ops import kron_delta_weight
+
+logger = logging.getLogger(__name__)
+
+
+class Combined(NamedTuple):
+    """One layer's weighted sum: sum_n A_n (x) B_n in `layout`, and how far it is from the sum of the parts.
+
+    A: (r, a_out, a_in). B: (r, b_out, b_in, *kernel). error: ||dW - sum of parts||_F / ||sum of parts||_F; None where
+    the terms are those of the parts, which is exact.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    error: float | None
 
 
 def combine_adapters(
-    model: BaseTuner, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
-) -> None:
+    model: BaseTuner,
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str,
+    r: int | None = None,
+) -> dict[str, float]:
     """See `KronAModel.add_weighted_adapter`."""
-    _check_arguments(model, adapters, weights, adapter_name, combination_type)
+    _check_arguments(model, adapters, weights, adapter_name, combination_type, r)
+    check_adapter_name(model.model, adapter_name)
     layers = {name: m for name, m in model.model.named_modules() if isinstance(m, KronALayer)}
     parts = {
         name: [(a, w) for a, w in zip(adapters, weights, strict=True) if a in m.krona_A] for name, m in layers.items()
     }
     parts = {name: present for name, present in parts.items() if present}
-    _check_same_layout({a: model.peft_config[a].layout for a in adapters})
-    for name, present in parts.items():
-        _check_same_factors(name, layers[name], [a for a, _ in present])
+    layouts = sorted({model.peft_config[a].layout for a in adapters}, reverse=True)  # "kron" first
+    with torch.no_grad():
+        choices = [
+            (layout, {name: _combined(layers[name], present, layout, r) for name, present in parts.items()})
+            for layout in layouts
+        ]
+    layout, combined = min(choices, key=lambda choice: sum(c.error or 0.0 for c in choice[1].values()))
+    _report(adapter_name, combined)
 
+    shapes = {name: tuple(c.A.shape) for name, c in combined.items()}
+    r, a_out, a_in = Counter(shapes.values()).most_common(1)[0][0]
     config = replace(
         model.peft_config[adapters[0]],
         target_modules="|".join(re.escape(name) for name in sorted(parts)),  # a regex has to match a whole name
@@ -35,28 +72,77 @@ def combine_adapters(
         layers_to_transform=None,
         layers_pattern=None,
         modules_to_save=None,
-        r=1,
+        r=r,
+        a_out=a_out,
+        a_in=a_in,
         alpha=1.0,
         scaling="alpha",
-        layout=model.peft_config[adapters[0]].layout,
+        layout=layout,
         bias="none",
         strict_factors=True,
-        rank_pattern={_exactly(name): sum(layers[name].r[a] for a, _ in present) for name, present in parts.items()},
+        rank_pattern={_exactly(name): shape[0] for name, shape in shapes.items() if shape[0] != r},
         alpha_pattern={},
-        factor_pattern={_exactly(name): layers[name].factors(present[0][0]) for name, present in parts.items()},
+        factor_pattern={_exactly(name): shape[1:] for name, shape in shapes.items() if shape[1:] != (a_out, a_in)},
     )
     model.peft_config[adapter_name] = config
     model.inject_adapter(model.model, adapter_name)
     with torch.no_grad():
-        for name, present in parts.items():
+        for name, (A, B, _) in combined.items():
             layer = layers[name]
-            source = layer.krona_A[present[0][0]]
-            dtype = torch.promote_types(source.dtype, torch.float32)
-            A = torch.cat([layer.krona_A[a].to(dtype) * (w * layer.scaling[a]) for a, w in present])
-            B = torch.cat([layer.krona_B[a].to(dtype) for a, _ in present])
+            source = layer.krona_A[parts[name][0][0]]
             layer.krona_A[adapter_name].data = A.to(source.device, source.dtype)
             layer.krona_B[adapter_name].data = B.to(source.device, source.dtype)
             layer.set_requires_grad(adapter_name, False)
+    return {name: c.error for name, c in combined.items() if c.error is not None}
+
+
+def _combined(layer: KronALayer, parts: list[tuple[str, float]], layout: Layout, r: int | None) -> Combined:
+    """The weighted sum on one layer in `layout`, with at most `r` terms (None: as many as the parts have together)."""
+    first = layer.krona_A[parts[0][0]]
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    terms = sum(layer.r[a] for a, _ in parts)
+    room = terms if r is None else r
+    sizes = {layer.factors(a) for a, _ in parts}
+    if len(sizes) == 1 and {layer.layout[a] for a, _ in parts} == {layout} and terms <= room:
+        A = torch.cat([layer.krona_A[a].to(dtype) * (w * layer.scaling[a]) for a, w in parts])
+        return Combined(A, torch.cat([layer.krona_B[a].to(dtype) for a, _ in parts]), None)
+    dW = sum(
+        w
+        * kron_delta_weight(
+            layer.krona_A[a].double(), layer.krona_B[a].double(), scale=float(layer.scaling[a]), layout=layer.layout[a]
+        )
+        for a, w in parts
+    )
+    tried = (_nearest(dW, *factors, room, layout, first.dtype) for factors in sorted(sizes))
+    return min(tried, key=lambda c: (round(c.error or 0.0, 6), len(c.A)))  # below that, it is rounding that differs
+
+
+def _nearest(dW: torch.Tensor, a_out: int, a_in: int, r: int, layout: Layout, dtype: torch.dtype) -> Combined:
+    from .convert.nearest import nearest_kronecker  # only when it is needed: it comes with all file formats
+
+    A, B, _ = nearest_kronecker(dW, a_out, a_in, r=r, layout=layout)
+    size = A.flatten(1).norm(dim=1) * B.flatten(1).norm(dim=1)
+    kept = size > torch.finfo(torch.float32).eps * size.amax()  # the others are what rounding left
+    kept[0] = True
+    A, B = A[kept].to(dtype), B[kept].to(dtype)
+    norm = dW.norm().item()
+    error = (kron_delta_weight(A.double(), B.double(), layout=layout) - dW).norm().item()
+    return Combined(A, B, error / norm if norm else 0.0)
+
+
+def _report(adapter_name: str, combined: dict[str, Combined]) -> None:
+    near = {name: c for name, c in combined.items() if c.error is not None}
+    row = "  {}: {:.1e} (r={}, a_out={}, a_in={})"
+    lines = [row.format(name, c.error, *c.A.shape) for name, c in near.items()]
+    if near:
+        logger.warning(
+            "Adapter %r: on %d of %d layers the adapters have different factors or layouts, or more terms than r. "
+            "There it is the nearest Kronecker sum; the relative error of dW is\n%s",
+            adapter_name,
+            len(near),
+            len(combined),
+            "\n".join(lines),
+        )
 
 
 def _exactly(name: str) -> str:
@@ -65,12 +151,19 @@ def _exactly(name: str) -> str:
 
 
 def _check_arguments(
-    model: BaseTuner, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+    model: BaseTuner,
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str,
+    r: int | None,
 ) -> None:
     if combination_type != "linear":
         raise ConfigError(
             f"combination_type={combination_type!r} is not offered; use 'linear', which is exact for KronA."
         )
+    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
+        raise ConfigError(f"r={r!r} is not allowed; expected an integer >= 1, or None for as many terms as there are.")
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"Expected one weight an adapter, got {len(adapters)} adapters and {len(weights)} weights.")
     missing = [name for name in adapters if name not in model.peft_config]
@@ -90,20 +183,3 @@ def _check_arguments(
                     f"Cannot combine adapter {name!r}: it was trained with {field}={value!r}, which is no part of the "
                     "factors and would be left out. Merge instead, or combine adapters without it."
                 )
-
-
-def _check_same_layout(layouts: dict[str, str]) -> None:
-    if len(set(layouts.values())) > 1:
-        raise FactorError(
-            f"Cannot combine adapters of different layouts, {layouts}: one adapter has one layout. "
-            "Use set_adapter with several adapters instead, or merge."
-        )
-
-
-def _check_same_factors(name: str, layer: KronALayer, adapters: list[str]) -> None:
-    factors = {a: layer.factors(a) for a in adapters}
-    if len(set(factors.values())) > 1:
-        raise FactorError(
-            f"Cannot combine adapters on '{name}': their (a_out, a_in) differ, {factors}. A sum of Kronecker products "
-            "of different shapes is no Kronecker sum; use set_adapter with several adapters instead, or merge."
-        )

@@ -215,20 +215,27 @@ class KronAModel(BaseTuner):
         weights: list[float],
         adapter_name: str,
         combination_type: str = "linear",
-    ) -> None:
-        """Add `adapter_name` = sum_j weights[j] * adapters[j], exactly: dW is linear in the terms, so they are
-        concatenated and the new r is the sum of the old ones.
+        r: int | None = None,
+    ) -> dict[str, float]:
+        """Add `adapter_name` = sum_j weights[j] * adapters[j].
+
+        Where the adapters have the same factors and layout it is exact: dW is linear in the terms, so they are
+        concatenated. Where they have not, it is the nearest Kronecker sum, with the factors of one of them (exact up to
+        rounding if `r` terms suffice); the error of each such layer is logged as a warning.
 
         Args:
             adapters: names of existing adapters. weights: one factor each (any sign).
             adapter_name: the new adapter's name.
-            combination_type: "linear", the only one (it is exact; others would not be).
+            combination_type: "linear", the only one.
+            r: the most terms that the new adapter may have on a layer; None: as many as the adapters have together.
+
+        Returns:
+            {layer: relative error ||dW - sum||_F / ||sum||_F} of the layers that are not exact by construction.
 
         Raises:
-            ConfigError: if names, weights or type are not as above.
-            FactorError: names the layer where the adapters' factors or layouts differ.
+            ConfigError: if names, weights, type or r are not as above.
         """
-        combine_adapters(self, adapters, weights, adapter_name, combination_type)
+        return combine_adapters(self, adapters, weights, adapter_name, combination_type, r)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
