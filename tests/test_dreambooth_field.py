@@ -481,6 +481,7 @@ def test_what_a_signal_does(number, capsys):
         assert state.ended() == 130
     assert steps == ["ends", "ends too", "taken back"] and capsys.readouterr().err == interrupts.MESSAGE + "\n"
     assert signal.getsignal(number) not in (state.on_signal, signal.SIG_IGN)
+    state.check()  # nothing of it is left for what runs next in the process
 
 
 @pytest.fixture(scope="module")

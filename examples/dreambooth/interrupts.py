@@ -51,6 +51,7 @@ class Interrupts:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self.requested, self.take_back, self._deferred = False, [], []  # the next block is not this one's
 
     @contextlib.contextmanager
     def deferred(self, second_ends: bool = True) -> Iterator[None]:
