@@ -6,12 +6,14 @@ import gc
 import pytest
 import tiny
 import torch
-from adapted import assert_same_state, config, krona_layers, mlp, state_of
+from adapted import assert_same_state, config, krona_layers, make_layer, mlp, reference, state_of
 from peft import LoraConfig, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
+import peft_krona
 from peft_krona import KronAConfig
 from peft_krona.errors import ConfigError, FormatError, MergeError
+from peft_krona.hotswap import swap
 from peft_krona.ops.reference import delta_weight_loop
 from peft_krona.pipelines import add_krona, load_krona_weights, save_krona_weights
 
@@ -81,6 +83,29 @@ def test_swapping_without_preparation_where_shapes_are_the_same(tmp_path):
     model, other = adapter(tmp_path / "old"), adapter(tmp_path / "new", seed=1, alpha=0.1)
     hotswap_adapter(model, str(tmp_path / "new"), "default", torch_device="cpu")
     assert_acts_as(model, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["linear as lora", "transformers Conv1D", "conv1d", "conv2d groups", "embedding"])
+def test_every_kind_of_layer_can_be_prepared_and_swapped(kind, dtype):
+    base, model, layer, x = make_layer(kind, dtype)
+    r, shapes = layer.r["default"], [layer.krona_A["default"].shape, layer.krona_B["default"].shape]
+
+    @torch.no_grad()
+    def error():
+        want, _ = reference(base, layer, x)
+        return ((model(x).double() - want).abs().max() / want.abs().max()).item()
+
+    before = error()
+    prepare_model_for_compiled_hotswap(model, target_rank=r + 2, config=model.peft_config)
+    assert layer.krona_A["default"].shape[0] == layer.r["default"] == model.peft_config["default"].r == r + 2
+    assert error() <= 2 * before + torch.finfo(dtype).eps
+    A, B = (torch.randn(shape) for shape in shapes)
+    swap(model, config(r=r, alpha=-0.5), {"0.krona_A": A, "0.krona_B": B}, "default")
+    assert torch.equal(layer.krona_A["default"][:r], A) and not layer.krona_A["default"][r:].any()
+    assert float(layer.scaling["default"]) == -0.5 and error() <= 2 * before + torch.finfo(dtype).eps
+    with peft_krona.merged(model):
+        assert error() <= 4 * torch.finfo(dtype).eps
 
 
 MISFITS = {

@@ -9,13 +9,14 @@ import pytest
 import torch
 from adapted import LAYERS, assert_rounded_once, config, delta_in_base_shape, krona_layers, make_layer, mlp
 from peft import LoraConfig, get_peft_model
-from tiny import unet
+from tiny import sd_pipeline, unet
 from torch import nn
 
 import peft_krona
 from peft_krona import KronAConfig
 from peft_krona.errors import MergeError
 from peft_krona.ops.reference import delta_weight_loop
+from peft_krona.pipelines import add_krona
 
 KINDS = ["linear b_first", "transformers Conv1D", "conv1d", "conv2d groups", "conv3d", "embedding"]
 
@@ -129,6 +130,30 @@ def test_where_peft_unmerges_first_the_original_is_back(call):
     with pytest.warns(UserWarning, match=r"Unmerging the model first"):
         call(model)
     assert torch.equal(layer.get_base_layer().weight, base.weight) and not layer.merged
+
+
+@pytest.mark.parametrize("how", ["unload", "merge_and_unload", "diffusers"])
+def test_unloading_keeps_what_was_merged(how):
+    """As with LoRA: what is in the base weight stays there."""
+    if how == "diffusers":
+        pipe = sd_pipeline()
+        add_krona(pipe, KronAConfig(a_out=8, a_in=2, init_weights=False), adapter_name="one")
+        pipe.fuse_lora()
+        want = {n: layer.get_base_layer().weight.clone() for n, layer in krona_layers(pipe.unet).items()}
+        pipe.unload_lora_weights()
+        assert not krona_layers(pipe.unet)
+        assert all(torch.equal(pipe.unet.get_submodule(n).weight, weight) for n, weight in want.items())
+        return
+    base, model, layer, _ = make_layer("linear b_first", torch.float32, adapter_name="a", alpha=0.7)
+    model.add_adapter("b", config("0", alpha=0.8))
+    want = base.weight.detach().double() + delta(layer, "a", 0.7)
+    want += delta(layer, "b", 0.8) if how == "merge_and_unload" else 0
+    model.merge_adapter(["a"])
+    shake(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = model.unload() if how == "unload" else model.merge_and_unload(adapter_names=["b"])
+    assert_rounded_once(plain[0].weight.detach(), want, base.weight.detach())
 
 
 def test_a_weight_that_was_loaded_back_holds_no_share():
