@@ -28,6 +28,10 @@ test-app: $(VENV)/.ready $(VENV)/.app
 docs: $(VENV)/.ready
 	PYTHONPATH=src $(RUN) -m mkdocs build --strict
 
+# `make study ARGS=--quick` says whether everything runs; the study itself takes hours and goes on where it was
+study: $(VENV)/.ready
+	$(RUN) -m examples.study $(ARGS)
+
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
