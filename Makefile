@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test demo app test-app docs lint clean
+.PHONY: test demo app study test-app docs lint clean
 
 test: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

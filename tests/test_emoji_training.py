@@ -20,6 +20,8 @@ from examples.emoji_sd.loop import Loop, adamw, soap
 from examples.emoji_sd.render import DRAWN_CONCEPTS, HELD_OUT_CONCEPTS, TRAINED_CONCEPTS
 from examples.emoji_sd.text import build_tokenizer, tokenize
 
+STATE = Path(train.__file__).parent / "state"
+
 
 class Killed(Exception):
     pass
@@ -142,6 +144,13 @@ def test_the_pipeline_loads_and_draws(tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a cat", num_inference_steps=1).images[0].size == (64, 64)
+
+
+def test_the_kept_autoencoder_passes_the_gate(tmp_path):
+    found = gate.check(vae.load(STATE / "vae"))
+    assert found["passes"], found
+    with pytest.raises(ValueError, match=r"latent channels are .* 16"):
+        vae.load(train.PIPELINE / "vae")
 
 
 class Fake:

@@ -3,6 +3,7 @@
     python -m examples.emoji_sd.train                  # everything, some hours of one CPU core
     python -m examples.emoji_sd.train --minutes 60     # a piece of it; the same command goes on from there
     python -m examples.emoji_sd.train --until vae      # the first stages only
+    python -m examples.emoji_sd.train --vae examples/emoji_sd/state/vae   # from a trained autoencoder on
 
 Kill it whenever you like and start it again with the same arguments: it goes on where its last checkpoint is, to the
 numbers that an unbroken run would have had.
@@ -69,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/emoji"), help="checkpoints, caches and logs")
     parser.add_argument("--package", type=Path, help="the npm package (.tgz), if you have it already")
+    parser.add_argument("--vae", type=Path, help="the folder of a trained autoencoder, instead of training one")
     parser.add_argument("--output", type=Path, default=PIPELINE, help="the pipeline folder to write")
     parser.add_argument("--latest", type=Path, help="a folder to export the U-Net's average to, ten minutes apart")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
@@ -90,18 +92,21 @@ def main() -> None:
         return args.until == stage or not finished
 
     package = args.package or get_package(args.run)
-    vae_images = cached(args.run / "vae_data.pt", lambda: make_vae_data(package)).numpy()
     data = cached(args.run / "data.pt", lambda: make_data(package))
     if stop_after("data"):
         return
-    autoencoder, finished = vae.train(args.run, vae_images, **limits("vae", vae.STEPS))
-    if stop_after("vae", finished):
-        return
-    finished = vae.train_decoder(args.run, autoencoder, vae_images, **limits("decoder", vae.DECODER_STEPS))
-    if finished:
-        print(gate.check(autoencoder), flush=True)
-    if stop_after("decoder", finished):
-        return
+    if args.vae:
+        autoencoder = vae.load(args.vae)
+    else:
+        vae_images = cached(args.run / "vae_data.pt", lambda: make_vae_data(package)).numpy()
+        autoencoder, finished = vae.train(args.run, vae_images, **limits("vae", vae.STEPS))
+        if stop_after("vae", finished):
+            return
+        finished = vae.train_decoder(args.run, autoencoder, vae_images, **limits("decoder", vae.DECODER_STEPS))
+        if stop_after("decoder", finished):
+            return
+        autoencoder.save_pretrained(args.run / "vae")
+    print(gate.check(autoencoder), flush=True)
     mean, std = cached(args.run / "latents.pt", lambda: vae.encode(autoencoder, data["images"].numpy()))
     scale = 1 / float((mean.float().var() + std.float().square().mean()).sqrt())
     autoencoder.register_to_config(scaling_factor=round(scale, 5))

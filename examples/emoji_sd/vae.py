@@ -29,6 +29,18 @@ def build() -> AutoencoderKL:
     return vae
 
 
+def load(folder) -> AutoencoderKL:
+    """A trained autoencoder, in fp32 and with the sizes of `build`.
+
+    Raises:
+        ValueError: if it has others.
+    """
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    if (found := (tuple(vae.config.block_out_channels), vae.config.latent_channels)) != (WIDTHS, CHANNELS):
+        raise ValueError(f"{folder}: widths and latent channels are {found}, expected {(WIDTHS, CHANNELS)}")
+    return vae.eval()
+
+
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
