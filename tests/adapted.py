@@ -31,7 +31,7 @@ def adapt(module: nn.Module, adapter_name: str = "default", **kwargs):
 class MLP(nn.Module):
     """Two Linears of different shapes, and a norm with a bias between them."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.lin0 = nn.Linear(10, 20, dtype=dtype)
         self.norm = nn.LayerNorm(20, dtype=dtype)
@@ -41,13 +41,13 @@ class MLP(nn.Module):
         return self.lin1(self.norm(self.lin0(x)).relu())
 
 
-def mlp(dtype: torch.dtype = torch.float32, seed: int = 0) -> MLP:
+def mlp(dtype: torch.dtype | None = None, seed: int = 0) -> MLP:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return MLP(dtype)
 
 
-def adapted_mlp(adapter_name: str = "default", dtype: torch.dtype = torch.float32, **kwargs):
+def adapted_mlp(adapter_name: str = "default", dtype: torch.dtype | None = None, **kwargs):
     """A PeftModel over `mlp()` with both Linears adapted."""
     kwargs.setdefault("targets", ["lin0", "lin1"])
     return get_peft_model(mlp(dtype), config(**kwargs), adapter_name=adapter_name)

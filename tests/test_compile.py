@@ -32,7 +32,7 @@ def _fresh_dynamo():
 @pytest.mark.parametrize("name", ["linear b_first", "linear a_first r3", "transformers Conv1D", "conv2d",
                                   "conv2d groups", "embedding"])  # fmt: skip
 def test_one_graph_and_equal_numbers(name, training):
-    _, model, layer, x = make_layer(name, torch.float32)
+    _, model, layer, x = make_layer(name, torch.float64)
     model.train(training)
     x = x.requires_grad_() if x.is_floating_point() else x
     leaves = [layer.krona_A["default"], layer.krona_B["default"], *([x] if x.is_floating_point() else [])]
@@ -78,6 +78,7 @@ def test_module_dropout_draws_anew_in_a_compiled_graph():
     assert 10 < sum(skipped) < 50
 
 
+@pytest.mark.usefixtures("float64")
 def test_merged_and_disabled_models_compile():
     model = adapted_mlp()
     x = torch.randn(3, 10)
@@ -88,6 +89,7 @@ def test_merged_and_disabled_models_compile():
         torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
 
 
+@pytest.mark.usefixtures("float64")
 def test_a_unet_compiles_whole():
     model = unet()
     model.add_adapter(KronAConfig(a_out=8, a_in=2, init_weights=False))
@@ -99,6 +101,7 @@ def test_a_unet_compiles_whole():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("float64")
 def test_inductor():
     model = adapted_mlp(targets=["lin0"])
     x = torch.randn(3, 10)

@@ -60,6 +60,7 @@ IDS = [f"{other} {'after' if first else 'before'} krona" for other, first in BOT
 
 
 @pytest.mark.parametrize("other,krona_first", BOTH, ids=IDS)
+@pytest.mark.usefixtures("float64")
 def test_outputs_add_up(other, krona_first):
     model, x = mixed(other, krona_first), torch.randn(3, 10)
     assert isinstance(model, PeftMixedModel)
@@ -86,6 +87,7 @@ def test_gradients_reach_both(other, krona_first):
 
 
 @pytest.mark.parametrize("other,krona_first", BOTH, ids=IDS)
+@pytest.mark.usefixtures("float64")
 def test_merge_and_unload(other, krona_first):
     model, x = mixed(other, krona_first), torch.randn(3, 10)
     want = model(x)
@@ -97,6 +99,7 @@ def test_merge_and_unload(other, krona_first):
 
 
 @pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.usefixtures("float64")
 def test_krona_merged_over_another_tuner(other):
     """KronA's layer wraps the other tuner's; unmerging in reverse order is exact."""
     model, x = mixed(other, krona_first=False), torch.randn(3, 10)
@@ -111,6 +114,7 @@ def test_krona_merged_over_another_tuner(other):
     assert_same_bits(model, before)
 
 
+@pytest.mark.usefixtures("float64")
 def test_another_tuner_merged_in_between_warns_and_subtracts():
     model, x = mixed("lora", krona_first=False), torch.randn(3, 10)
     want = model(x)
@@ -161,6 +165,7 @@ def test_delete_and_add_again():
     assert not torch.allclose(model(x), only_lora)
 
 
+@pytest.mark.usefixtures("float64")
 def test_adapters_saved_apart_load_together(tmp_path):
     x = torch.randn(3, 10)
     base = mlp()(x)

@@ -61,6 +61,7 @@ def test_factors_come_back_from_group_offloading(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_adapter, safe", "merge_and_unload, safe", "merged, safe"])
+@pytest.mark.usefixtures("float64")
 def test_merging_an_offloaded_model(how):
     from accelerate import cpu_offload
 

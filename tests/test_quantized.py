@@ -7,6 +7,7 @@ import pytest
 import torch
 from adapted import adapt, config, factor_gradients
 from peft import PeftModel, get_peft_model
+from rounding import assert_rounded
 from torch import nn
 
 import peft_krona
@@ -61,12 +62,14 @@ def test_forward_and_backward(kind, layout):
     x.requires_grad_()
     y = model(x)
     part = x.detach().double() @ delta_weight_loop(A, B, 0.5, layout).T
-    torch.testing.assert_close(y.double(), base(x).double() + part, rtol=1e-5, atol=1e-5)
+    x64, terms = x.detach().double(), 4 + 16 + 2 + 1  # a_in, b_in, r and the base
+    size = base(x).abs().double() + x64.abs() @ delta_weight_loop(A.abs(), B.abs(), 0.5, layout).T
+    assert_rounded(y, base(x).detach().double() + part, size, terms, "y")
     dy = torch.randn_like(y)
     dA, dB = torch.autograd.grad(y, (A, B), dy)
-    want_A, want_B = factor_gradients(dy.double().T @ x.detach().double(), A, B, 0.5, layout)
-    torch.testing.assert_close(dA.double(), want_A, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(dB.double(), want_B, rtol=1e-5, atol=1e-5)
+    want = factor_gradients(dy.double().T @ x64, A, B, 0.5, layout)
+    sizes = factor_gradients(dy.abs().double().T @ x64.abs(), A.abs(), B.abs(), 0.5, layout)
+    assert_rounded((dA, dB), want, sizes, len(x64.flatten(0, -2)) * 8 + 16 + 1, "gradient")
 
 
 @pytest.mark.parametrize("kind", KINDS)
