@@ -18,7 +18,7 @@ import torch
 from peft_krona.ops.backend import why_not_triton
 from peft_krona.ops.linear import compute
 from peft_krona.ops.operands import Update
-from peft_krona.ops.plan import Plan, Target, can_pair, make_plan
+from peft_krona.ops.plan import Plan, Target, at_least, can_pair, make_plan
 
 from . import cases
 from .measure import interleaved, quantiles
@@ -33,7 +33,7 @@ def variants_suite(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     for case in cases.layers(args.device, args.only):
         for a_out, a_in in cases.FACTORS:
             A, B = (1, a_out, a_in), (1, case.n_out // a_out, case.n_in // a_in)
-            target = Target(args.device, args.dtype, many=case.tokens >= 256)
+            target = Target(args.device, args.dtype, at_least(case.tokens))
             plan = make_plan(A, B, "kron", None, target)
             seconds, out = measure(plan, case.tokens, args)
             row = {"case": case._asdict(), "factors": [a_out, a_in], "rule": plan.variant}

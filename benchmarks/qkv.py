@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft_krona.ops import Frozen, kron_linear
-from peft_krona.ops.apply_A import add_A, backward_A
+from peft_krona.ops.apply_A import apply_A, backward_A
 from peft_krona.ops.plan import Plan
 
 from . import cases
@@ -57,8 +57,7 @@ class _Joint(torch.autograd.Function):
         ys, hs = [], [part.contiguous() for part in h.split(u, 2)]
         for A, part, weight, bias in zip(As, hs, weights, biases, strict=True):
             y = F.linear(x, weight, bias)
-            add_A(y, A, part, plan)
-            ys.append(y)
+            ys.append(apply_A(y, A, part, plan))
         ctx.save_for_backward(x, B, *As, *hs)
         ctx.plan, ctx.weights = plan, weights
         return tuple(ys)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from peft_krona.ops.plan import Target, make_plan
+from peft_krona.ops.plan import MANY, Target, make_plan
 
 ARCHITECTURES = (80, 90, 100)
 # (r, a_out, a_in, b_out, b_in): the paper's 1280-wide layer, 640 at (64, 8), 2048 wide, A first, square, odd sizes
@@ -48,7 +48,7 @@ def compile_for(
 
     function = getattr(kernels, f"{kernel}_kernel")
     r, a_out, a_in, b_out, b_in = shape
-    plan = make_plan((r, a_out, a_in), (r, b_out, b_in), layout, None, Target("cuda", dtype, many=True))
+    plan = make_plan((r, a_out, a_in), (r, b_out, b_in), layout, None, Target("cuda", dtype, MANY))
     constants = {"z": launch.sizes(plan, dtype.itemsize)}
     if kernel == "backward":
         constants |= {"ADD": add, "NEED_X": True, "NEED_FACTORS": True}

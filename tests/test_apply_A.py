@@ -9,7 +9,7 @@ import torch
 from peft_krona.ops import kron_linear
 from peft_krona.ops.node import run
 from peft_krona.ops.operands import Frozen, Update
-from peft_krona.ops.plan import VARIANTS, Plan, Target, default_variant
+from peft_krona.ops.plan import MANY, VARIANTS, Plan, Target, default_variant
 from peft_krona.ops.reference import delta_weight_loop
 from peft_krona.ops.torch_impl import KronAdd, plain_op
 
@@ -113,7 +113,7 @@ def test_a_zero_factor_changes_nothing_bitwise(variant, layout):
 )
 def test_default_variant(Q, b_out, a_out, n_in, layout, device, dtype, variant):
     plan = Plan(1, a_out, Q, b_out, n_in // Q, layout, "b_first")
-    assert default_variant(plan, Target(device, dtype, many=True)) == variant
+    assert default_variant(plan, Target(device, dtype, MANY)) == variant
 
 
 def test_few_tokens_are_not_paired():
@@ -122,3 +122,6 @@ def test_few_tokens_are_not_paired():
     assert variants == {77: "batched", 255: "batched", 256: "paired", 4096: "paired"}
     x, A, B = x.double(), A.double(), B.double()
     torch.testing.assert_close(kron_linear(x, A, B)[:77], kron_linear(x[:77], A, B))
+    A, B = torch.randn(1, 64, 4), torch.randn(1, 5, 80)
+    variants = {n: Plan.of(A, B, "kron", tokens=n).variant for n in (8, 63, 64, 4096)}
+    assert variants == {8: "batched", 63: "batched", 64: "expanded", 4096: "expanded"}

@@ -75,14 +75,15 @@ def test_torch_func_and_jit_trace_see_single_ops():
     ],
     ids=lambda register: register.__name__,
 )
-def test_any_global_hook(register):
-    assert not _compat.any_global_hook()
+def test_hooks_for_all_modules(register):
+    module = nn.Linear(2, 2)
+    assert not _compat.has_hooks(module)
     handle = register(lambda *_: None)
     try:
-        assert _compat.any_global_hook()
+        assert _compat.has_hooks(module)
     finally:
         handle.remove()
-    assert not _compat.any_global_hook()
+    assert not _compat.has_hooks(module)
 
 
 @pytest.mark.parametrize(

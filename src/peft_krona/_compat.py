@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _every
 
 # -- torch: who looks at single ops ------------------------------------------------------------------------------------
 
@@ -20,18 +21,20 @@ from torch.autograd import forward_ad
 functorch_active = torch._C._are_functorch_transforms_active
 # () -> int: how many dispatch modes (fake tensors, tracing, selective activation checkpointing, ...) are active.
 dispatch_modes = torch._C._len_torch_dispatch_stack
-# () -> bool: whether any hook is registered for all modules.
-any_global_hook = nn.modules.module._has_any_global_hook
+
+
+def looks_inside() -> bool:
+    """`sees_single_ops`, or a dispatch mode is active, which sees them too. Asked in every call: one frame."""
+    return functorch_active() or forward_ad._current_level >= 0 or dispatch_modes() > 0 or torch._C._is_tracing()
 
 
 def apply_node(node: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`node.apply(*arguments)` where no transform of torch.func is active, for a node without `setup_context`.
 
     What `apply` does besides takes as long as two small ops: it looks through the arguments for tensors that a
-    transform has left behind, which only the first one, x, can be here.
+    transform has left behind. Here only x can be one: `unwrap_if_dead(x)`.
     """
-    x, *others = arguments
-    return super(torch.autograd.Function, node).apply(unwrap_if_dead(x), *others)
+    return super(torch.autograd.Function, node).apply(*arguments)
 
 
 # (tensor) -> tensor: what a tensor that outlived its transform of torch.func holds; any other tensor as it is.
@@ -52,7 +55,7 @@ def sees_single_ops() -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs anything besides its class's `forward`, hooks for all modules aside."""
+    """Whether calling the module runs anything besides its class's `forward`, as by a hook of its own or for all."""
     state = module.__dict__
     return bool(
         "forward" in state
@@ -60,6 +63,10 @@ def has_hooks(module: nn.Module) -> bool:
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
+        or _every._global_forward_hooks
+        or _every._global_forward_pre_hooks
+        or _every._global_backward_hooks
+        or _every._global_backward_pre_hooks
     )
 
 

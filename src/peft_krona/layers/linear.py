@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._compat import any_global_hook, has_hooks
+from .._compat import has_hooks, is_offloaded
 from ..config import KronAConfig
 from ..ops import Frozen, kron_linear
 from .base import KronALayer
@@ -29,6 +29,24 @@ class Linear(KronALayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Base layer plus active adapters, see `KronALayer.forward`; most calls are one adapter on a plain x.
+
+        Those go straight to the op. The questions are asked in every call, so they read the modules' dicts: a parameter
+        or module through nn.Module.__getattr__ takes several times as long.
+        """
+        if args or kwargs or self._disable_adapters or self.merged_adapters:
+            return super().forward(x, *args, **kwargs)
+        active, modules = self._active_adapter, self._modules
+        name = active if type(active) is str else active[0] if len(active) == 1 else ""
+        factors_A = modules["krona_A"]
+        A = factors_A._parameters.get(name)
+        if A is None or is_offloaded(factors_A) or (frozen := self._plain_frozen_base(name)) is None:
+            return super().forward(x)
+        B = modules["krona_B"]._parameters[name]
+        scale = self._scale(name) if self.training else self.scaling[name]
+        return kron_linear(x, A, B, scale=scale, base=frozen, layout=self.layout[name])
 
     def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         first = names[0]
@@ -65,7 +83,6 @@ class Linear(KronALayer):
         if (
             type(base).forward is not nn.Linear.forward
             or has_hooks(base)
-            or any_global_hook()
             or self.quantization_backend is not None
             or (self.training and type(self._modules["krona_dropout"]._modules[name]) is not nn.Identity)
         ):

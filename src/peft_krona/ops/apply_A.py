@@ -21,39 +21,32 @@ import torch
 from .plan import MANY, Plan
 
 
-def apply_A(A: torch.Tensor, h: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """A (1, a_out, Q) times h (T, Q, b_out), as (T, out)."""
-    if plan.variant == "expanded":
-        T, Q, b_out = h.shape
-        return h.reshape(T, Q * b_out) @ _expanded(A, plan).t()
-    return torch.bmm(*_operands(A, h, plan)).reshape(h.shape[0], plan.a_out * plan.b_out)
+def apply_A(y: torch.Tensor | None, A: torch.Tensor, h: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """y (..., out) + A (1, a_out, Q) times h (T, Q, b_out), or for y None the product alone, (T, out).
 
-
-def add_A(y: torch.Tensor, A: torch.Tensor, h: torch.Tensor, plan: Plan) -> None:
-    """y (..., out) += apply_A(A, h), inside the GEMM, for A (1, a_out, Q) and h (T, Q, b_out).
-
-    y must be contiguous and owned by the caller.
+    y must be contiguous and owned by the caller: it is added to in place, inside the GEMM.
     """
-    T, Q, b_out = h.shape
-    if plan.variant == "expanded":
-        (y if y.dim() == 2 else y.view(T, plan.a_out * b_out)).addmm_(h.view(T, Q * b_out), _expanded(A, plan).t())
-    elif plan.variant == "paired":
-        y.view(T, plan.a_out // 2, 2 * b_out).baddbmm_(*_operands(A, h, plan))
-    elif plan.layout == "kron":
-        y.view(T, plan.a_out, b_out).baddbmm_(A.expand(T, -1, -1), h)
+    _, a_out, _, b_out, _, layout, _, variant = plan
+    if variant == "expanded":
+        matrix, h = _expanded(A, plan).t(), h.view(-1, h.shape[1] * b_out)
+        if y is None:
+            return h @ matrix
+        (y if y.dim() == 2 else y.view(-1, a_out * b_out)).addmm_(h, matrix)
+        return y
+    rows, columns = (a_out, b_out) if layout == "kron" else (b_out, a_out)
+    if variant == "paired":
+        T, Q, _ = h.shape
+        rows, columns = a_out // 2, 2 * b_out
+        h = torch.cat((h, h.new_zeros(T, Q, columns), h), 2).view(T, 2 * Q, columns)
+        left, right = _paired(A).expand(T, -1, -1), h
+    elif layout == "kron":
+        left, right = A.expand(h.shape[0], -1, -1), h
     else:
-        y.view(T, b_out, plan.a_out).baddbmm_(h.mT, A.mT.expand(T, -1, -1))
-
-
-def _operands(A: torch.Tensor, h: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batched product that is y, of A (1, a_out, Q) and h (T, Q, b_out); not for "expanded"."""
-    T, Q, b_out = h.shape
-    if plan.variant == "paired":
-        h = torch.cat((h, h.new_zeros(T, Q, 2 * b_out), h), 2).view(T, 2 * Q, 2 * b_out)
-        return _paired(A).expand(T, -1, -1), h
-    if plan.layout == "kron":
-        return A.expand(T, -1, -1), h
-    return h.mT, A.mT.expand(T, -1, -1)
+        left, right = h.mT, A.mT.expand(h.shape[0], -1, -1)
+    if y is None:
+        return torch.bmm(left, right).view(-1, a_out * b_out)
+    y.view(-1, rows, columns).baddbmm_(left, right)
+    return y
 
 
 def backward_A(
@@ -89,11 +82,11 @@ def backward_A(
 
 def sum_over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """sum_t a[t] @ b[t]^T (1, p, s), for a (T, p, q) and b (T, s, q), summed and returned in at least fp32."""
-    wide = _wide(a.dtype)
+    wide = a.dtype if a.dtype in (torch.float32, torch.float64) else torch.float32
     # A batched GEMM with few columns takes up to three times as long on a CPU; with few tokens the turn takes longer.
     if a.shape[1] > b.shape[1] and a.shape[0] >= MANY:
-        return torch.bmm(b, a.mT).sum(0, keepdim=True, dtype=wide).mT
-    return torch.bmm(a, b.mT).sum(0, keepdim=True, dtype=wide)
+        return torch.bmm(b, a.mT).sum(0, True, dtype=wide).mT.contiguous()
+    return torch.bmm(a, b.mT).sum(0, True, dtype=wide)
 
 
 def _paired(A: torch.Tensor) -> torch.Tensor:
@@ -116,7 +109,7 @@ def _expanded(A: torch.Tensor, plan: Plan) -> torch.Tensor:
 def _expanded_dA(product: torch.Tensor, plan: Plan) -> torch.Tensor:
     """A's gradient (1, a_out, Q) from that of A (x) I, product (out, Q b_out), of which only diagonals belong to A."""
     a_out, b_out, Q = plan.a_out, plan.b_out, product.shape[1] // plan.b_out
-    wide = _wide(product.dtype)
+    wide = torch.promote_types(product.dtype, torch.float32)
     if b_out == 1:
         return product.view(1, a_out, Q).to(wide)
     if plan.layout == "kron":
@@ -124,7 +117,3 @@ def _expanded_dA(product: torch.Tensor, plan: Plan) -> torch.Tensor:
     else:
         diagonals = product.view(b_out, a_out, Q, b_out).diagonal(dim1=0, dim2=3)
     return diagonals.sum(-1, dtype=wide).unsqueeze(0)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

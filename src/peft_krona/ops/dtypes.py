@@ -31,7 +31,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 def cast_factors(update: Update, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """s A (r, a_out, a_in) and B (r, b_out, b_in) in `dtype`."""
     A, B, scale = update
-    if scale.__class__ is not float or scale != 1:
+    if isinstance(scale, torch.Tensor) or scale != 1:
         A = scale_A(A, scale, dtype)
     return A if A.dtype == dtype else A.to(dtype), B if B.dtype == dtype else B.to(dtype)
 

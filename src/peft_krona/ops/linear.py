@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import torch
 
-from .._compat import dispatch_modes, sees_single_ops
+from .._compat import looks_inside, unwrap_if_dead
 from ..errors import ShapeError
 from ..factors import Layout, Order
 from .backend import Backend, choose_backend
 from .dtypes import autocasts, compute_dtype, with_number
 from .node import run
 from .operands import Base, Frozen, Update
-from .plan import MANY, Plan, Target, cached_plan, check_x, make_plan
+from .plan import MANY, Plan, at_least, cached_plan, check_x, make_plan
 from .torch_impl import KronAdd, inplace_op, plain_op
 from .triton.library import fused_add
 
@@ -58,43 +58,42 @@ def kron_linear(
     >>> torch.allclose(y, x @ dW.T, atol=1e-5)
     True
     """
-    dtype = compute_dtype(x)
-    plan = plan_of(x, A, B, layout, order)
-    backend = choose_backend(backend, x.device, dtype)
-    if base is not None:
-        _check_base(x, base, plan)
-    update = Update(A, B, scale)
-    if not autocasts(x.device):
-        return compute(x, update, base, plan, backend)
-    with torch.autocast(x.device.type, enabled=False):
+    device = x.device
+    casts = autocasts(device)
+    dtype = compute_dtype(x) if casts else x.dtype
+    plan = plan_of(x, A, B, (layout, order), dtype)
+    if base.__class__ is Frozen:
+        if base.weight.shape != (plan[1] * plan[3], plan[2] * plan[4]):
+            expected, got = (plan.n_out, plan.n_in), tuple(base.weight.shape)
+            raise ShapeError(f"Expected a frozen weight of shape {expected}, got {got}.")
+    elif base is not None and base.shape != (*x.shape[:-1], plan.n_out):
+        raise ShapeError(f"Expected base of shape {(*x.shape[:-1], plan.n_out)}, got {tuple(base.shape)}.")
+    backend = choose_backend(backend, device, dtype)
+    if not casts:
+        return compute(x, Update(A, B, scale), base, plan, backend)
+    with torch.autocast(device.type, enabled=False):
         if isinstance(base, Frozen):
             base = Frozen(base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype))
-        return compute(x.to(dtype), update, base, plan, backend)
+        return compute(x.to(dtype), Update(A, B, scale), base, plan, backend)
 
 
-def plan_of(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, layout: Layout, order: Order | None) -> Plan:
+def plan_of(
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, wanted: tuple[Layout, Order | None], dtype: torch.dtype
+) -> Plan:
     """The plan for x (..., in), A (r, a_out, a_in) and B (r, b_out, b_in), after checking that they fit."""
+    layout, order = wanted
     if torch.compiler.is_compiling():  # a graph has to serve any number of tokens
-        many, make = True, make_plan
+        tokens, make = MANY, make_plan
     else:
-        many = x.numel() >= MANY * x.shape[-1] if x.dim() else False
+        tokens = at_least(x.numel() // (x.shape[-1] or 1)) if x.dim() else 0
         make = cached_plan if type(A) in _REAL and type(B) in _REAL else make_plan
-    plan = make(A.shape, B.shape, layout, order, Target(A.device.type, compute_dtype(x), many))
-    check_x(x, A, B, plan)
+    plan = make(A.shape, B.shape, layout, order, (A.device.type, dtype, tokens))
+    if A.is_meta or B.is_meta or x.is_nested or x.layout is not torch.strided or x.shape[-1:] != (plan[2] * plan[4],):
+        check_x(x, A, B, plan)
     return plan
 
 
 _REAL = (torch.Tensor, torch.nn.Parameter)  # others, such as fake tensors, may have symbols for sizes
-
-
-def _check_base(x: torch.Tensor, base: torch.Tensor | Frozen, plan: Plan) -> None:
-    """Raises ShapeError if base is not of shape (..., out), or a frozen layer's weight not (out, in). x: (..., in)."""
-    if isinstance(base, Frozen):
-        if base.weight.shape != (plan.n_out, plan.n_in):
-            expected, got = (plan.n_out, plan.n_in), tuple(base.weight.shape)
-            raise ShapeError(f"Expected a frozen weight of shape {expected}, got {got}.")
-    elif base.shape != (*x.shape[:-1], plan.n_out):
-        raise ShapeError(f"Expected base of shape {(*x.shape[:-1], plan.n_out)}, got {tuple(base.shape)}.")
 
 
 def compute(x: torch.Tensor, update: Update, base: Base, plan: Plan, backend: Backend) -> torch.Tensor:
@@ -106,9 +105,10 @@ def compute(x: torch.Tensor, update: Update, base: Base, plan: Plan, backend: Ba
     x = x.contiguous()
     # For all that looks at, records or differentiates single ops, the op is ordinary torch. A dispatch mode is one:
     # selective activation checkpointing keeps the results of chosen ops, which must then not be added to in place.
-    if torch.compiler.is_compiling() or sees_single_ops() or dispatch_modes():
+    if torch.compiler.is_compiling() or looks_inside():
         return plain_op(x, update, base, plan)
-    update = with_number(update)
+    if isinstance(update[2], torch.Tensor):
+        update = with_number(update)
     if torch.is_grad_enabled():
-        return run(KronAdd, x, update, base, plan)
+        return run(KronAdd, unwrap_if_dead(x), update, base, plan)
     return inplace_op(x, update, base, plan)[0]

@@ -13,15 +13,16 @@ from ..factors import LAYOUTS, ORDERS, Layout, Order, cheaper_order
 
 Variant: TypeAlias = Literal["batched", "paired", "expanded"]
 VARIANTS: tuple[Variant, ...] = ("batched", "paired", "expanded")  # of the product with A: see apply_A.py
-MANY = 256  # tokens from which the copies of "paired" pay
+# Tokens from which building the matrix of "expanded", and copying for "paired", pay.
+FEW, MANY = 64, 256
 
 
 class Target(NamedTuple):
-    """Where and on how much a product is computed: device type, dtype, whether on at least MANY tokens."""
+    """Where and on how much a product is computed: device type, dtype, at least so many tokens (0, FEW or MANY)."""
 
     device: str
     dtype: torch.dtype
-    many: bool
+    tokens: int
 
 
 class Plan(NamedTuple):
@@ -41,7 +42,7 @@ class Plan(NamedTuple):
         cls, A: torch.Tensor, B: torch.Tensor, layout: Layout, order: Order | None = None, tokens: int = MANY
     ) -> Plan:
         """The plan for A (r, a_out, a_in) and B (r, b_out, b_in), where and as they are, for so many tokens."""
-        return make_plan(A.shape, B.shape, layout, order, Target(A.device.type, A.dtype, tokens >= MANY))
+        return make_plan(A.shape, B.shape, layout, order, Target(A.device.type, A.dtype, at_least(tokens)))
 
     @property
     def n_in(self) -> int:
@@ -59,8 +60,12 @@ class Plan(NamedTuple):
         return self.r * (self.a_in * self.b_out if self.order == "b_first" else self.a_out * self.b_in)
 
 
-def make_plan(A: tuple[int, ...], B: tuple[int, ...], layout: Layout, order: Order | None, target: Target) -> Plan:
+def make_plan(
+    A: tuple[int, ...], B: tuple[int, ...], layout: Layout, order: Order | None, target: tuple[str, torch.dtype, int]
+) -> Plan:
     """The plan for factors of the shapes A = (r, a_out, a_in), B = (r, b_out, b_in); order None takes the cheaper one.
+
+    target: a `Target`, or the tuple that is one.
 
     Raises:
         ShapeError: if layout or order is unknown, or the shapes do not fit each other.
@@ -70,10 +75,15 @@ def make_plan(A: tuple[int, ...], B: tuple[int, ...], layout: Layout, order: Ord
         raise ShapeError(f"order={order!r} is unknown; expected 'b_first', 'a_first' or None.")
     check_factors(A, B)
     plan = Plan(A[0], A[1], A[2], B[1], B[2], layout, order or cheaper_order(A[1], A[2], B[1], B[2]))
-    return plan._replace(variant=default_variant(plan, target))
+    return plan._replace(variant=default_variant(plan, Target(*target)))
 
 
 cached_plan = functools.lru_cache(maxsize=4096)(make_plan)  # asked for in every call, and a model has few shapes
+
+
+def at_least(tokens: int) -> int:
+    """Which of 0, FEW and MANY tokens there are at least."""
+    return MANY if tokens >= MANY else FEW if tokens >= FEW else 0
 
 
 def check_layout(layout: str) -> None:
@@ -128,15 +138,15 @@ def check_x(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, plan: Plan) -> No
 def default_variant(plan: Plan, target: Target) -> Variant:
     """The variant of the product with A that suits this plan's sizes. docs/performance.md has the measurements."""
     Q, u, n_in = plan.r * plan.a_in, plan.b_out, plan.n_in
-    if u == 1:  # A (x) I_1 is A: one GEMM, nothing to build
-        return "expanded"
+    if u == 1 and (target.device != "cpu" or target.dtype == torch.float32 or target.tokens >= FEW):
+        return "expanded"  # A (x) I_1 is A: one GEMM, nothing to build. With few tokens, bmm is the quicker one in bf16
     if target.device != "cpu":  # launches and tensor cores: one GEMM, while it stays small beside the frozen layer's
         return "expanded" if 4 * Q * u <= n_in else "batched"
-    if u <= 5 and 2 * Q * u <= n_in:  # a matrix of at most half of dW's size
+    if u <= 5 and 2 * Q * u <= n_in and target.tokens >= FEW:  # a matrix of at most half of dW's size
         return "expanded"
     narrow = u < 12 and can_pair(plan) and plan.a_out >= 4 * Q
     # With few tokens, copying h takes longer than the quicker GEMM saves.
-    return "paired" if narrow and target.dtype == torch.float32 and target.many else "batched"
+    return "paired" if narrow and target.dtype == torch.float32 and target.tokens >= MANY else "batched"
 
 
 def can_pair(plan: Plan) -> bool:

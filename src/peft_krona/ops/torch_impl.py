@@ -8,7 +8,7 @@ along in an inner dimension of both:
     b_first   U (T, a_in n, b_out) = X B^T   one GEMM over T*a_in rows;    Y += A U     see apply_A.py
     a_first   V (T, a_out n, b_in) = A X     batched over T;               Y += V B^T   one GEMM over T*a_out rows
 
-U and V are the "intermediate" h. `matrices`, `first`, `second` and `gradients` are the contractions. `plain_op` is the
+U and V are the "intermediate" h. `matrices`, `first` and `second` are the contractions. `plain_op` is the
 op as ordinary differentiable torch: torch.compile and torch.func differentiate and fuse that themselves. `KronAdd` is
 the op as one autograd node, which spares passes over x and y: GEMMs accumulate y and dX in place (beta = 1) instead of
 writing the adapter's part out and adding it afterwards. `inplace_op` is its forward.
@@ -22,9 +22,9 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
-from .apply_A import add_A, apply_A, backward_A, sum_over_tokens
-from .dtypes import cast_factors, no_autocast
-from .node import Gradients, base_of, flat, keep
+from .apply_A import apply_A, backward_A, sum_over_tokens
+from .dtypes import autocasts, cast_factors
+from .node import Gradients, flat, keep
 from .operands import Base, Frozen, Update
 from .plan import Plan
 
@@ -43,49 +43,38 @@ def matrices(A: torch.Tensor, B: torch.Tensor, plan: Plan) -> Matrices:
             return A, B.squeeze(0)
         return A.permute(1, 2, 0).reshape(1, a_out, a_in * r), B.reshape(r * b_out, b_in)
     if layout == "kron":
-        return A.permute(1, 0, 2).reshape(1, a_out * r, a_in), B.permute(0, 2, 1).reshape(r * b_in, b_out)
+        mA = A if r == 1 else A.permute(1, 0, 2).reshape(1, a_out * r, a_in)
+        return mA, B.permute(0, 2, 1).reshape(r * b_in, b_out)
     return A.permute(2, 0, 1).reshape(1, a_in, r * a_out), B.permute(1, 2, 0).reshape(b_out, b_in * r)
 
 
 def first(x: torch.Tensor, m: Matrices, plan: Plan) -> torch.Tensor:
     """x (..., in), contiguous -> h: U (T, a_in n, b_out) for b_first, V (T, a_out n, b_in) or (T, b_in n, a_out)."""
     r, a_out, a_in, b_out, b_in, layout, order, _ = plan
-    T = x.numel() // (a_in * b_in)
-    X = x.view(T, a_in, b_in)
+    X = x.view(-1, a_in, b_in)
     if order == "b_first":
         h = F.linear(X, m[1])
-        return h if r == 1 else h.view(T, a_in * r, b_out)
+        return h if r == 1 else h.view(-1, a_in * r, b_out)
     if layout == "kron":
-        return torch.bmm(m[0].expand(T, -1, -1), X)
-    return torch.bmm(X.transpose(1, 2), m[0].expand(T, -1, -1)).view(T, b_in * r, a_out)
+        return torch.bmm(m[0].expand(X.shape[0], -1, -1), X)
+    return torch.bmm(X.transpose(1, 2), m[0].expand(X.shape[0], -1, -1)).view(-1, b_in * r, a_out)
 
 
-def second(h: torch.Tensor, m: Matrices, plan: Plan) -> torch.Tensor:
-    """h (T, intermediate), of the shapes in `first` -> the product (T, out), as a new tensor."""
-    r, a_out, _, b_out, b_in, layout, order, _ = plan
-    T = h.shape[0]
-    if order == "b_first":
-        return apply_A(m[0], h, plan)
-    if layout == "kron":
-        y = h.view(T * a_out, r * b_in) @ m[1]
-    else:
-        y = torch.bmm(m[1].expand(T, -1, -1), h)
-    return y.reshape(T, a_out * b_out)
+def second(y: torch.Tensor | None, h: torch.Tensor, m: Matrices, plan: Plan) -> torch.Tensor:
+    """y (..., out) + the product of h (T, intermediate), as in `first`; for y None the product alone, (T, out).
 
-
-def add_second(y: torch.Tensor, h: torch.Tensor, m: Matrices, plan: Plan) -> None:
-    """y (..., out) += second(h), inside the GEMM, for h (T, intermediate) as in `first`.
-
-    y must be contiguous and owned by the caller.
+    y must be contiguous and owned by the caller: it is added to in place, inside the GEMM.
     """
     r, a_out, _, b_out, b_in, layout, order, _ = plan
     if order == "b_first":
-        add_A(y, m[0], h, plan)
-    elif layout == "kron":
-        y.view(-1, b_out).addmm_(h.view(-1, r * b_in), m[1])
+        return apply_A(y, m[0], h, plan)
+    if layout == "kron":
+        h = h.view(-1, r * b_in)
+        product = h @ m[1] if y is None else y.view(-1, b_out).addmm_(h, m[1])
     else:
-        T = h.shape[0]
-        y.view(T, b_out, a_out).baddbmm_(m[1].expand(T, -1, -1), h)
+        left = m[1].expand(h.shape[0], -1, -1)
+        product = torch.bmm(left, h) if y is None else y.view(-1, b_out, a_out).baddbmm_(left, h)
+    return product.view(-1, a_out * b_out) if y is None else y
 
 
 def plain_op(x: torch.Tensor, update: Update, base: Base, plan: Plan) -> torch.Tensor:
@@ -93,27 +82,22 @@ def plain_op(x: torch.Tensor, update: Update, base: Base, plan: Plan) -> torch.T
     if isinstance(base, Frozen):
         base = F.linear(x, *base)
     m = matrices(*cast_factors(update, x.dtype), plan)
-    y = second(first(x, m, plan), m, plan).view(*x.shape[:-1], plan.a_out * plan.b_out)
+    y = second(None, first(x, m, plan), m, plan).view(*x.shape[:-1], plan.a_out * plan.b_out)
     return y if base is None else base + y
 
 
 def inplace_op(x: torch.Tensor, update: Update, base: Base, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, Matrices]:
-    """(base + the product (..., out), h, s A and B in x's dtype), without a graph: GEMMs add to y in place.
+    """(base + the product (..., out), h, mA and mB in x's dtype), without a graph: GEMMs add to y in place.
 
     x (..., in) is contiguous.
     """
-    factors = cast_factors(update, x.dtype)
-    m = matrices(*factors, plan)
+    m = matrices(*cast_factors(update, x.dtype), plan)
     h = first(x, m, plan)
     if base is None:
-        y = second(h, m, plan)
-        return y.view(*x.shape[:-1], y.shape[-1]).data, h, factors  # no view, for autograd: see frozen_linear
-    if base.__class__ is Frozen:
-        y = frozen_linear(x, base)
-    else:
-        y = base.clone(memory_format=torch.contiguous_format)
-    add_second(y, h, m, plan)
-    return y, h, factors
+        y = second(None, h, m, plan)
+        return y.view(*x.shape[:-1], y.shape[-1]).data, h, m  # no view, for autograd: see frozen_linear
+    y = frozen_linear(x, base) if base.__class__ is Frozen else base.clone(memory_format=torch.contiguous_format)
+    return second(y, h, m, plan), h, m
 
 
 def frozen_linear(x: torch.Tensor, base: Frozen) -> torch.Tensor:
@@ -132,29 +116,30 @@ class KronAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, A, B, scale, base, weight, bias, plan: Plan):
-        y, h, (sA, sB) = inplace_op(x, Update(A, B, scale), base_of(base, weight, bias), plan)
-        # factors that were neither scaled nor cast are not saved twice
-        keep(ctx, x, h, weight, (A, B, None if sA is A else sA, None if sB is B else sB))
-        ctx.plan, ctx.scale = plan, scale
+        y, h, (mA, mB) = inplace_op(x, Update(A, B, scale), base if weight is None else Frozen(weight, bias), plan)
+        # The matrices besides the factors: they are views of them, or copies as small.
+        keep(ctx, x, h, weight, (A, B, None if mA is A else mA, mB))
+        ctx.step = plan, scale
         return y
 
     @staticmethod
     def backward(ctx: Any, dy):
-        with no_autocast(dy.device):
+        if not autocasts(dy.device):
+            return flat(ctx, _node_gradients(ctx, dy), dy)
+        with torch.autocast(dy.device.type, enabled=False):
             return flat(ctx, _node_gradients(ctx, dy), dy)
 
 
 def _node_gradients(ctx: Any, dy: torch.Tensor) -> Gradients:
     """(dX (..., in), dA, dB) from dy (..., out); dX with the frozen layer's part where there is one."""
-    x, h, weight, A, B, sA, sB = ctx.saved_tensors
-    plan, scale, dy = ctx.plan, ctx.scale, dy.contiguous()
+    x, h, weight, A, B, mA, mB = ctx.saved_tensors
+    (plan, scale), dy = ctx.step, dy.contiguous()
+    m = A if mA is None else mA, mB
     if torch.is_grad_enabled():  # create_graph=True: what was computed without a graph must become part of one
         m = matrices(*cast_factors(Update(A, B, scale), dy.dtype), plan)
         h = None if x is None else first(x, m, plan)
-    else:
-        m = matrices(A if sA is None else sA, B if sB is None else sB, plan)
-    of_order = _gradients_b_first if plan.order == "b_first" else _gradients_a_first
-    dX, dA, dB = of_order(dy, (x, h), m, plan, ctx.needs_input_grad[:3])
+    of_order = _gradients_b_first if plan[6] == "b_first" else _gradients_a_first
+    dX, dA, dB = of_order(dy, (x, h), m, plan, ctx.needs_input_grad)
     if dX is not None:
         if weight is not None:  # the large GEMM reads dX as it goes: quicker than adding the adapter's part last
             dX.addmm_(dy if dy.dim() == 2 else dy.view(-1, dy.shape[-1]), weight)
@@ -178,14 +163,12 @@ Kept: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 def _gradients_b_first(dy: torch.Tensor, kept: Kept, m: Matrices, plan: Plan, needs: Sequence[bool]) -> Gradients:
     """dy (..., out)."""
-    (x, U), (need_x, need_A, need_B) = kept, needs
+    (x, U), (need_x, need_A, need_B) = kept, needs[:3]
     r, a_out, a_in, b_out, b_in, _, _, _ = plan
     dU, dA = backward_A(dy, m[0], U, plan, (need_x or need_B, need_A))
     dX = dB = None
-    if dA is not None:
-        if r > 1:
-            dA = dA.view(a_out, a_in, r).permute(2, 0, 1)
-        dA = dA.contiguous()
+    if dA is not None and r > 1:
+        dA = dA.view(a_out, a_in, r).permute(2, 0, 1).contiguous()
     if dU is not None:
         dU = dU.view(-1, r * b_out)
         if need_B:
@@ -197,7 +180,7 @@ def _gradients_b_first(dy: torch.Tensor, kept: Kept, m: Matrices, plan: Plan, ne
 
 def _gradients_a_first(dy: torch.Tensor, kept: Kept, m: Matrices, plan: Plan, needs: Sequence[bool]) -> Gradients:
     """dy (..., out)."""
-    (x, V), (mA, mB), (need_x, need_A, need_B) = kept, m, needs
+    (x, V), (mA, mB), (need_x, need_A, need_B) = kept, m, needs[:3]
     r, a_out, a_in, b_out, b_in, layout, _, _ = plan
     T = dy.numel() // (a_out * b_out)
     X = x.view(T, a_in, b_in) if need_A else None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..._compat import dispatch_modes
+from ..._compat import dispatch_modes, unwrap_if_dead
 from ..dtypes import no_autocast, scale_A, with_number
 from ..node import Gradients, base_of, flat, keep, run
 from ..operands import Base, Frozen, Update
@@ -34,7 +34,7 @@ def fused_add(x: torch.Tensor, update: Update, base: Base, plan: Plan) -> torch.
         rows = x.reshape(-1, x.shape[-1])  # no copy where the rows are evenly apart, as in a slice of q, k and v
         base = base.reshape(rows.shape[0], -1) if isinstance(base, torch.Tensor) else base
     if torch.is_grad_enabled():
-        y = run(FusedAdd, rows, update, base, plan)
+        y = run(FusedAdd, unwrap_if_dead(rows), update, base, plan)
     else:
         y, _ = _forward(rows, update, base, plan)
     return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
