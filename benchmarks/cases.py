@@ -35,6 +35,24 @@ LAYERS = (
 # Too slow for a CPU: a layer of Flux's size.
 LAYERS_ON_CUDA = (LinearCase("Flux DiT, 3072", 4096, 3072, 3072),)
 
+
+class HostCase(NamedTuple):
+    """So many dense layers of a size at which calls, not products, take the time."""
+
+    name: str
+    layers: int
+    tokens: int
+    n_in: int
+    n_out: int
+    factors: tuple[tuple[int, int], ...]
+
+
+HOST = (
+    HostCase("64 layers of 64 x 64", 64, 8, 64, 64, ((64, 4), (16, 4), (4, 16))),
+    HostCase("SDXL k/v, 2048 to 640", 8, 77, 2048, 640, FACTORS),
+    HostCase("SDXL k/v, 2048 to 1280", 8, 77, 2048, 1280, FACTORS),
+)
+
 # What one layer costs as one of these changes and the others stay at POINT; factors (64, 4).
 POINT = {"tokens": 1024, "width": 640, "r": 1, "adapters": 1}
 SCALING = {

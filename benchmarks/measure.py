@@ -21,8 +21,10 @@ HEAD_START = 5_000_000  # cycles, about 3 ms, in which a GPU waits while the ste
 OUT_OF_MEMORY = "out of memory"
 
 
-def interleaved(steps: dict[str, Step], repetitions: int, device: str, label: str) -> dict[str, list[float]]:
-    """Seconds of every step, all of them once in every repetition, so that drift hits all alike.
+def interleaved(
+    steps: dict[str, Step], repetitions: int, device: str, label: str, timed: Callable[[Step, str], float] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every step by `timed`, all of them once in every repetition, so that drift hits all alike.
 
     Their order is drawn anew each time: what ran before a step leaves it caches and an allocator in a certain state,
     which was seen to move a step's time by several percent.
@@ -31,7 +33,7 @@ def interleaved(steps: dict[str, Step], repetitions: int, device: str, label: st
     order = random.Random(0)
     for repetition in tqdm(range(-2, repetitions), desc=label, leave=False):
         for name in order.sample(list(steps), len(steps)):
-            seconds = _timed(steps[name], device)
+            seconds = (timed or _timed)(steps[name], device)
             if repetition >= 0:  # the first two rounds warm up
                 times[name].append(seconds)
     return times

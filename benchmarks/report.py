@@ -163,6 +163,22 @@ def variants_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def host_table(result: dict[str, Any]) -> str:
+    """CPU time that an adapter adds to one frozen layer, with 20th and 80th percentile, and the ratio to LoRA's."""
+    columns = ["layers", "adapter", "forward adds (us)", "of LoRA's", "forward + backward adds (us)", "of LoRA's"]
+    lines = _head(columns, left=2)
+    for row in result["rows"]:
+        if row["provider"] == "frozen":
+            continue
+        case = row["case"]
+        cells = [f"{case['name']}, {case['tokens']} tokens", row["provider"]]
+        for kind in ("forward", "training"):
+            low, middle, high = (1e6 * row[kind]["added"][f"p{q}"] for q in (20, 50, 80))
+            cells += [f"{middle:.0f} ({low:.0f} to {high:.0f})", f"{row[kind]['of_lora']:.2f}"]
+        lines.append(_line(cells, len(columns)))
+    return "\n".join(lines)
+
+
 def plot(results: list[dict[str, Any]], path: Path, only: str = "") -> None:
     """Added forward + backward time of every provider, one panel a case that `only` is in, on a logarithmic scale."""
     import matplotlib
@@ -235,6 +251,7 @@ TABLES = {
     "inference": unet_table,
     "qkv": qkv_table,
     "variants": variants_table,
+    "host": host_table,
 }
 
 

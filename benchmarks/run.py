@@ -9,8 +9,8 @@
 `layer`: one adapted Linear, forward and forward + backward, added to the frozen layer. `scaling`: the same as tokens,
 width, r or the number of active adapters grow. `unet`: one training step of a real UNet (random weights). `inference`:
 one denoising step of it, without gradients, KronA merged and not. `qkv`: what q, k and v would gain by sharing x.
-`variants`: the op in each of its
-variants and on each backend, beside what the rule takes. `benchmarks/gpu.sh` runs all of them on a GPU.
+`host`: what calls cost before any arithmetic. `variants`: the op in each of its variants and on each backend, beside
+what the rule takes. `benchmarks/gpu.sh` runs all of them on a GPU.
 
 All providers of a case run once in every repetition, in a new order each time; ratios are medians of the ratios within
 a repetition. A provider whose output is not base + dW x is reported as wrong, without a speed. One that raises is
@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from .autotune import variants_suite
+from .host import host_suite
 from .layers import layer_suite, scaling_suite
 from .measure import OUT_OF_MEMORY, copy_bandwidth, environment
 from .providers import PROVIDERS, lycoris_kernels, measured_on
@@ -45,6 +46,7 @@ SUITES: dict[str, Callable[[argparse.Namespace], Iterator[list[dict[str, Any]]]]
     "inference": inference_suite,
     "qkv": qkv_suite,
     "variants": variants_suite,
+    "host": host_suite,
 }
 
 

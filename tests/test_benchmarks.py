@@ -119,9 +119,22 @@ def test_qkv(tmp_path, capsys):
 
 def test_variants(tmp_path, capsys):
     result = measured(tmp_path / "r.json", "--suite", "variants")
-    assert [(row["rule"], row["out"]) for row in result["rows"]] == [("expanded", {}), ("batched", {})]
+    assert [(row["rule"], row["out"]) for row in result["rows"]] == [("batched", {}), ("batched", {})]
     assert all(set(row["seconds"]) >= {"torch batched", "torch expanded"} for row in result["rows"])
     assert "| square: 5 tokens, 32 to 32 | (8,2) |" in table(tmp_path / "r.json", capsys)
+
+
+def test_host(tmp_path, capsys, monkeypatch):
+    case = cases.HostCase("tiny", 2, 3, 8, 8, ((4, 2),))
+    monkeypatch.setattr(cases, "HOST", (case, case._replace(name="side by side", n_out=16)))
+    result = measured(tmp_path / "r.json", "--suite", "host")
+    names = ["frozen", "PEFT LoRA r=4", "PEFT LoKr", "KronA (4,2)"]
+    assert [(row["case"]["name"], row["provider"]) for row in result["rows"]] == [
+        (case, name) for case in ("tiny", "side by side") for name in names
+    ]
+    for row in result["rows"]:
+        assert row["training"]["p50"] > 0 and (row["provider"] != "PEFT LoRA r=4" or row["forward"]["of_lora"] == 1)
+    assert table(tmp_path / "r.json", capsys).count("| KronA (4,2) |") == 2
 
 
 def test_compiled_blocks_and_their_counts(tmp_path, capsys):
