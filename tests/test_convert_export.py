@@ -162,7 +162,8 @@ def one(r=1, layout="kron", a=(4, 2), b=(8, 16), module=MODULE, component="unet"
         (one(r=2, a=(4, 1), b=(8, 32)), "lora", False),
         (one(r=3), "lokr", True),
         (one(r=3, layout="diffusekrona"), "loha", True),
-        (one(r=3, component="transformer", module="transformer_blocks.0.attn.to_q"), "lora", False),
+        (one(component="transformer", module="transformer_blocks.0.attn.to_q"), "lokr", False),
+        (one(component="transformer", module="blocks.0.attn.to_q"), "lora", False),
     ],
 )
 def test_the_automatic_choice(layer, format, split, tmp_path):
@@ -201,9 +202,9 @@ def test_terms_as_several_files_add_up(to, tmp_path):
         (one(r=2), "loha", "r=2 terms.*to='lora'"),
         (one(layout="diffusekrona"), "lokr", "layout 'diffusekrona'.*to='loha'"),
         (
-            one(component="transformer", module="transformer_blocks.0.attn.to_q"),
+            one(component="transformer", module="blocks.0.attn.to_q"),
             "lokr",
-            "For a transformer use to='lora'",
+            "of no family whose names in such files are known here .*Use to='lora'",
         ),
         (one(component="model", module="layers.0.q"), "lora", "to='peft'"),
         (one(component="text_encoder", module="text_model.embeddings.token_embedding"), "lora", "is an embedding"),
@@ -361,3 +362,34 @@ def test_the_base_model_is_guessed_or_asked_for(layers, kind):
             guess_base(AdapterFile(tuple(layers)))
     else:
         assert guess_base(AdapterFile(tuple(layers))) is BASES[kind]
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        [
+            "transformer_blocks.0.attn.to_q",
+            "single_transformer_blocks.3.proj_mlp",
+            "transformer_blocks.1.ff.net.0.proj",
+        ],
+        ["single_transformer_blocks.0.attn.to_qkv_mlp_proj", "transformer_blocks.0.ff.linear_in"],
+        ["transformer_blocks.0.img_mlp.net.0.proj", "transformer_blocks.7.attn.to_out.0"],
+        ["transformer_blocks.0.attn.add_k_proj", "transformer_blocks.0.ff_context.net.2"],
+        ["layers.0.attention.to_q", "layers.11.feed_forward.w1"],
+    ],
+    ids=["flux", "flux2", "qwen-image", "sd3", "z-image"],
+)
+def test_transformers_get_a_lokr_under_comfyuis_names(modules, tmp_path):
+    """The small one is what "auto" takes; it is read back under the same modules, and the LoRA's size is named."""
+    adapter = AdapterFile(tuple(one(module=m, component="transformer", a=(16, 16), b=(16, 16)) for m in modules))
+    report = export(adapter, tmp_path / "x", dtype=torch.float32)
+    assert report.format == "lokr" and any("load_lora_weights takes to='lora'" in note for note in report.notes)
+    keys = {key.rpartition(".")[0] for key in load_file(tmp_path / "x.safetensors")}
+    assert keys == {f"lycoris_{module.replace('.', '_')}" for module in modules}
+    back = {layer.name: layer for layer in read_adapter(tmp_path / "x.safetensors")}
+    for layer in adapter:
+        assert torch.equal(back[layer.name].delta_weight(), layer.delta_weight())
+    lora = export(adapter, tmp_path / "y", "lora", dtype=torch.float32)
+    (note,) = (note for note in lora.notes if "times those of the same adapter as LoKr" in note)
+    sizes = [p.stat().st_size for p in (tmp_path / "y.safetensors", tmp_path / "x.safetensors")]
+    assert sizes[0] > 10 * sizes[1] and f"{len(adapter) * 2 * 256 * 256 * 4 / 2**20:,.2f} MiB" in note

@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _convert(options: argparse.Namespace) -> None:
     base, shapes = _base(options.base)
-    adapter = read_adapter(options.input, base)
+    adapter = read_adapter(options.input, base, shapes)
     if shapes is not None:
         adapter = adapter.fitted(shapes)
     elif base is not None:

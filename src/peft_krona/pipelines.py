@@ -30,7 +30,7 @@ from torch import nn
 from ._compat import HOTSWAP_SETTINGS
 from .adapter_names import check_adapter_name
 from .config import PEFT_PREFIX, KronAConfig
-from .convert import read_adapter
+from .convert import read_adapter, shapes_of_models
 from .errors import ConfigError, FormatError
 from .hotswap import plan_swap
 from .layers import KronALayer
@@ -181,7 +181,7 @@ def load_krona_weights(
     if components is None:
         if config is not None:
             raise ConfigError(f"config= is for a file of KronA weights without settings, which {path} is not.")
-        components = read_adapter(path).peft_components(models)
+        components = read_adapter(path, shapes=shapes_of_models(models)).peft_components(models)
     return load_components(pipe, components, adapter_name, weight, hotswap=hotswap, where=str(path))
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import FormatError
+from .families import families, family_of, to_lycoris_name
 from .formats import FORMATS, SHARED_ENDINGS
 from .formats.krona import to_peft
 from .formats.lokr import as_plain_kron
@@ -69,14 +70,15 @@ def choose_format(adapter: AdapterFile) -> tuple[str, bool, str]:
     """(format, split into terms, reason) that "auto" takes.
 
     One plain term a layer: LoKr, the smallest. One shuffled term: LoHa. More terms: LoRA, if that stays below half the
-    rank of every layer, else one file a term. Transformers: LoRA, the one with names that their pipelines take.
+    rank of every layer, else one file a term. Transformers of a family whose names for other formats are not known:
+    LoRA.
 
     >>> one = LayerUpdate("unet", "conv_in", torch.ones(1, 4, 2), torch.ones(1, 4, 8))
     >>> choose_format(AdapterFile((one,)))
     ('lokr', False, 'one plain Kronecker product a layer')
     """
-    if any(not _is_unet_or_clip(layer) for layer in adapter):
-        return "lora", False, "the format that pipelines with a transformer load"
+    if not _is_for_unet(adapter) and not _has_lycoris_names(adapter):
+        return "lora", False, "the format whose names are known for every transformer"
     plain = all(as_plain_kron(layer) is not None for layer in adapter for layer in layer.terms())
     if all(layer.r == 1 for layer in adapter):
         if plain:
@@ -87,11 +89,23 @@ def choose_format(adapter: AdapterFile) -> tuple[str, bool, str]:
     return ("lokr" if plain else "loha"), True, "several terms a layer, of too high a rank for LoRA: one file a term"
 
 
-def _is_unet_or_clip(layer: LayerUpdate) -> bool:
-    return layer.component == "unet" or (
-        layer.component in ("text_encoder", "text_encoder_2")
-        and layer.module.startswith(("text_model.", "text_projection"))
+def _is_for_unet(adapter: AdapterFile) -> bool:
+    """Whether files for it have kohya's names: those of a UNet and of CLIP text encoders."""
+    return all(
+        layer.component == "unet"
+        or (
+            layer.component in ("text_encoder", "text_encoder_2")
+            and layer.module.startswith(("text_model.", "text_projection"))
+        )
+        for layer in adapter
     )
+
+
+def _has_lycoris_names(adapter: AdapterFile) -> bool:
+    """Whether it is for a transformer of a family in `families`, and its text encoders."""
+    modules = [layer.module for layer in adapter if layer.component == "transformer"]
+    others = {layer.component for layer in adapter} - {"transformer"}
+    return bool(modules) and all(c.startswith("text_encoder") for c in others) and family_of(modules) is not None
 
 
 def export(
@@ -153,14 +167,15 @@ def export(
 
 
 def to_file(
-    adapter: AdapterFile, to: str, base_model: UNetNames, dtype: torch.dtype = torch.float16
+    adapter: AdapterFile, to: str, base_model: UNetNames | None = None, dtype: torch.dtype = torch.float16
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a file of format `to` under kohya's names for this base model: exact, or refused.
+    """The tensors of a file of format `to`, under kohya's names for a UNet and ComfyUI's for a transformer: exact, or
+    refused.
 
     Raises:
         FormatError: names the layer that the format cannot hold, and formats that can, or that has no such name.
     """
-    names = [to_kohya_name(layer.component, layer.module, base_model) for layer in adapter]
+    names = list(_names(adapter, base_model))
     written = WRITTEN[to].write(adapter.layers, dtype)
     return {
         f"{name}.{ending}": tensor
@@ -169,22 +184,47 @@ def to_file(
     }
 
 
-def to_lokr(adapter: AdapterFile, base_model: UNetNames, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+def _names(adapter: AdapterFile, base_model: UNetNames | None) -> dict[str, LayerUpdate]:
+    """{name in a file: layer}."""
+    if _is_for_unet(adapter):
+        if base_model is None:
+            raise FormatError(
+                "A file for this format needs the base model's kind: base_model=BASES['sd15'] or another."
+            )
+        return {to_kohya_name(layer.component, layer.module, base_model): layer for layer in adapter}
+    if "transformer" in adapter.components and not _has_lycoris_names(adapter):
+        known = ", ".join(families())
+        raise FormatError(
+            f"The transformer's layers, such as {adapter.layers[0].name}, are of no family whose names in such files "
+            f"are known here ({known}). Use to='lora' or to='peft'."
+        )
+    return {to_lycoris_name(layer.component, layer.module): layer for layer in adapter}
+
+
+def to_lokr(
+    adapter: AdapterFile, base_model: UNetNames | None = None, dtype: torch.dtype = torch.float16
+) -> dict[str, torch.Tensor]:
     """A LoKr file's tensors: w1 = A, w2 = B, alpha 1; one plain term a layer. See `to_file`."""
     return to_file(adapter, "lokr", base_model, dtype)
 
 
-def to_loha(adapter: AdapterFile, base_model: UNetNames, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+def to_loha(
+    adapter: AdapterFile, base_model: UNetNames | None = None, dtype: torch.dtype = torch.float16
+) -> dict[str, torch.Tensor]:
     """A LoHa file's tensors, rank max(rank A, rank B), alpha = rank; one term a layer. See `to_file`."""
     return to_file(adapter, "loha", base_model, dtype)
 
 
-def to_lora(adapter: AdapterFile, base_model: UNetNames, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+def to_lora(
+    adapter: AdapterFile, base_model: UNetNames | None = None, dtype: torch.dtype = torch.float16
+) -> dict[str, torch.Tensor]:
     """A LoRA file's tensors, one alpha for all layers. See `to_file`."""
     return to_file(adapter, "lora", base_model, dtype)
 
 
-def to_diff(adapter: AdapterFile, base_model: UNetNames, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+def to_diff(
+    adapter: AdapterFile, base_model: UNetNames | None = None, dtype: torch.dtype = torch.float16
+) -> dict[str, torch.Tensor]:
     """A `.diff` file's tensors, every dW as it is. See `to_file`."""
     return to_file(adapter, "diff", base_model, dtype)
 
@@ -214,17 +254,14 @@ def _export_file(
     tables = [layer.name for layer in adapter if is_embedding(layer.module)]
     if tables:
         raise FormatError(f"{tables[0]} is an embedding, which files for other tools cannot hold. Use to='peft'.")
-    if to == "lora" and any(not _is_unet_or_clip(layer) for layer in adapter):
+    if to == "lora" and not _is_for_unet(adapter):
         tensors, metadata = to_lora_peft(adapter, dtype)
         names = {f"{layer.component}.{layer.module}": layer for layer in adapter}
         metadata |= krona_metadata(adapter)
     else:
-        if base_model is None:
-            raise FormatError(
-                "A file for this format needs the base model's kind: base_model=BASES['sd15'] or another."
-            )
-        adapter = with_whole_attentions(adapter, base_model)
-        names = {to_kohya_name(layer.component, layer.module, base_model): layer for layer in adapter}
+        if _is_for_unet(adapter) and base_model is not None:
+            adapter = with_whole_attentions(adapter, base_model)
+        names = _names(adapter, base_model)
         tensors = to_file(adapter, to, base_model, dtype)
         metadata = kohya_metadata(adapter, tensors, WRITTEN[to], base_model, out.stem)
     if len(names) != len(adapter):
@@ -244,7 +281,26 @@ def _export_file(
     layer = max(worst, key=worst.__getitem__)
     noted = WRITTEN[to].notes
     notes = () if noted is None else noted(adapter.layers)
+    if not _is_for_unet(adapter) and to != "lora":
+        notes = (*notes, "the names are those that ComfyUI reads; diffusers' load_lora_weights takes to='lora'")
+    if to == "lora":
+        notes = (*notes, *_note_on_size(adapter, tensors))
     return Report(to, reason, (out,), worst[layer], layer, out.stat().st_size, notes)
+
+
+def _note_on_size(adapter: AdapterFile, tensors: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """A word where a LoRA is more than ten times the LoKr of the same adapter."""
+    if any(as_plain_kron(layer) is None for layer in adapter):
+        return ()
+    size = sum(tensor.numel() for tensor in tensors.values())
+    lokr = sum(layer.A.numel() + layer.B.numel() + 1 for layer in adapter)
+    if size <= 10 * lokr:
+        return ()
+    bytes_each = next(iter(tensors.values())).element_size()
+    return (
+        f"this LoRA has {size * bytes_each / 2**20:,.2f} MiB of weights, {size / lokr:.0f} times those of the same "
+        f"adapter as LoKr ({lokr * bytes_each / 2**20:,.2f} MiB), which to='lokr' writes",
+    )
 
 
 def _export_peft(adapter: AdapterFile, out: Path, dtype: torch.dtype | None) -> Report:

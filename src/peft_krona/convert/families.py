@@ -12,9 +12,12 @@ compare both with this table.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
+
+from ..errors import FormatError
+from .names import flatten, to_file_name
 
 _TEXT_AND_TIME = """
     {t}.timestep_embedder.linear_1
@@ -321,6 +324,40 @@ def _row(line: str) -> Row:
         ratio=(int(match[2]), int(match[3])) if match[2] else None,
         is_own=not right,
     )
+
+
+def family_of(modules: Collection[str]) -> Family | None:
+    """The first family whose transformer has layers of all these names; several share their attention's.
+
+    >>> family_of(["transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff.linear_in"]).name
+    'flux2'
+    """
+    return next((family for family in families().values() if all(map(family.has, modules))), None)
+
+
+def to_lycoris_name(component: str, module: str) -> str:
+    """The flat name under which ComfyUI reads LoKr, LoHa and the like for a layer of a pipeline with a transformer.
+
+    It has rows `lycoris_<diffusers' name>` for the families here, and puts split q, k and v into its fused weight.
+
+    Raises:
+        FormatError: if the component has no such name.
+
+    >>> to_lycoris_name("transformer", "transformer_blocks.0.attn.to_out.0")
+    'lycoris_transformer_blocks_0_attn_to_out_0'
+    """
+    prefixes = {
+        "transformer": "lycoris_",
+        "text_encoder": "lora_te1_",
+        "text_encoder_2": "lora_te2_",
+        "text_encoder_3": "lora_te3_",
+    }
+    if component not in prefixes:
+        raise FormatError(
+            f"{component}.{module}: files of this kind hold a transformer and its text encoders. Use to='lora' or "
+            "to='peft'."
+        )
+    return prefixes[component] + flatten(to_file_name(component, module))
 
 
 @cache

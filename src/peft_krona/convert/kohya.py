@@ -47,27 +47,31 @@ def krona_metadata(adapter: AdapterFile) -> dict[str, str]:
 
 
 def kohya_metadata(
-    adapter: AdapterFile, tensors: Mapping[str, torch.Tensor], format: Format, base_model: UNetNames, name: str
+    adapter: AdapterFile, tensors: Mapping[str, torch.Tensor], format: Format, base_model: UNetNames | None, name: str
 ) -> dict[str, str]:
     """The metadata that kohya's tools, A1111 and ComfyUI's managers read."""
     module, arguments = format.kohya_network
     alphas = [float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")]
-    size = "1024x1024" if base_model.version.startswith("sdxl") else "512x512"
+    of_unet = {}
+    if base_model is not None:
+        of_unet = {
+            "ss_base_model_version": base_model.version,
+            "ss_v2": str(base_model.version == "sd_v2"),
+            "modelspec.architecture": f"{base_model.architecture}/lora",
+            "modelspec.resolution": "1024x1024" if base_model.version.startswith("sdxl") else "512x512",
+        }
     metadata = {
         "ss_network_module": module,
         "ss_network_args": json.dumps(arguments),
         "ss_network_dim": f"{max(alphas, default=1):.0f}",
         "ss_network_alpha": f"{max(alphas, default=1):.0f}",
         "ss_output_name": name,
-        "ss_base_model_version": base_model.version,
-        "ss_v2": str(base_model.version == "sd_v2"),
         "ss_sd_model_name": adapter.metadata.get("base_model", ""),
         "sshs_model_hash": tensor_hash(tensors),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{base_model.architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
-        "modelspec.resolution": size,
         "modelspec.trigger_phrase": adapter.metadata.get("trigger_words", ""),
+        **of_unet,
     }
     return {key: value for key, value in metadata.items() if value} | krona_metadata(adapter)
