@@ -195,6 +195,7 @@ def test_everything_at_once(kind, tiny_sd, tiny_sdxl, pictures, tmp_path, capsys
     assert len(list((out / "validation" / "final-2").glob("[0-9]*.png"))) == 4
     assert list((out / "logs").rglob("events.out.tfevents*"))
     readme = (out / "README.md").read_text()
+    assert "needed in every program that loads it" in readme and "`KeyError: 'KRONA'`" in readme
     for expected in (
         "instance_prompt: a sks dog",
         "image_3.png",

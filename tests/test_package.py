@@ -18,7 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # A module imports only what stands above its own line; those of one line do not know each other.
 LAYERS = [
     {"errors", "_compat"},
-    {"factors", "_register"},
+    {"factors", "_register", "setting_names"},
     {"ops", "config", "targets", "rollback"},
     {"layers", "convert"},  # convert reads and writes files without the model half
     {"adapter_names"},
@@ -141,13 +141,33 @@ print("fine")
 
 
 def test_public_names():
-    assert set(peft_krona.__all__) == {"KronAConfig", "KronALayer", "KronAModel", "kron_linear", "merged"}
+    assert set(peft_krona.__all__) == {
+        *("KronAConfig", "KronALayer", "KronAModel", "kron_linear", "merged"),
+        *("add_krona", "load_krona_weights", "save_krona_weights"),
+    }
     assert all(getattr(peft_krona, name).__doc__ for name in peft_krona.__all__)
+    assert set(peft_krona.__all__) <= set(dir(peft_krona))
     assert (SOURCE / "py.typed").exists()
     from peft_krona.convert import read_adapter
     from peft_krona.pipelines import add_krona, load_krona_weights, save_krona_weights
 
     assert all(f.__doc__ for f in (add_krona, load_krona_weights, save_krona_weights, read_adapter))
+    assert peft_krona.add_krona is add_krona and peft_krona.load_krona_weights is load_krona_weights
+    with pytest.raises(AttributeError, match=r"module 'peft_krona' has no attribute 'add_lora'"):
+        _ = peft_krona.add_lora
+
+
+def test_the_import_leaves_to_later_what_not_everybody_needs():
+    code = """
+import sys, peft_krona
+late = {"diffusers", "peft_krona.pipelines", "peft_krona.convert"}
+assert not late & set(sys.modules), late & set(sys.modules)
+from peft_krona import add_krona
+assert "peft_krona.pipelines" in sys.modules and "diffusers" not in sys.modules
+print("fine", peft_krona.convert.read_adapter.__name__)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.stdout.strip() == "fine read_adapter", result.stderr
 
 
 def test_version():

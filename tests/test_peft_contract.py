@@ -99,6 +99,13 @@ def test_what_is_printed_after_peft():
         ]
 
 
+def test_what_is_added_to_the_card_of_a_saved_folder():
+    original = peft.PeftModel.create_or_update_model_card._before_peft_krona
+    assert original.__name__ == "create_or_update_model_card"
+    assert list(inspect.signature(original).parameters) == ["self", "output_dir"]
+    assert "self.create_or_update_model_card(save_directory)" in inspect.getsource(peft.PeftModel.save_pretrained)
+
+
 def test_what_hotswapping_is_given():
     from peft.utils import hotswap
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
@@ -25,7 +24,8 @@ class Counter:
     """Trainable parameters of an adapter, from the shapes alone: no weights are loaded."""
 
     def __init__(self, pipeline: str):
-        with init_empty_weights():
+        self.lock = threading.Lock()  # the page asks while a training is being started
+        with torch.device("meta"):  # of this thread alone; accelerate's init_empty_weights is everybody's
             self.unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(pipeline, subfolder="unet"))
 
     def count(self, kind: str, a_out: int, a_in: int, rank: int) -> int:
@@ -39,15 +39,16 @@ class Counter:
             flags += ["--krona_a_out", str(a_out), "--krona_a_in", str(a_in)]
         args = parse_args([*flags, "--instance_data_dir", ".", "--instance_prompt", "x",
                            "--pretrained_model_name_or_path", "x"])  # fmt: skip
-        try:
-            with init_empty_weights():
-                self.unet.add_adapter(adapter_config(args, "unet"), "counted")
-            return adapters.trainable(self.unet) - self._frozen()
-        except (ValueError, RuntimeError) as error:
-            raise TrainingError(str(error)) from error
-        finally:
-            if "counted" in getattr(self.unet, "peft_config", {}):
-                self.unet.delete_adapters("counted")
+        with self.lock:
+            try:
+                with torch.device("meta"):
+                    self.unet.add_adapter(adapter_config(args, "unet"), "counted")
+                return adapters.trainable(self.unet) - self._frozen()
+            except (ValueError, RuntimeError) as error:
+                raise TrainingError(str(error)) from error
+            finally:
+                if "counted" in getattr(self.unet, "peft_config", {}):
+                    self.unet.delete_adapters("counted")
 
     def _frozen(self) -> int:
         """Base parameters that count as trainable: a fresh model's are, until the first adapter is added."""

@@ -31,7 +31,10 @@ Use `{{ prompt }}` in the prompt.
 ```python
 {{ usage }}
 ```
-
+{% if needs_import %}
+The import of `peft_krona` is needed in every program that loads it, with PEFT's own functions too; without, PEFT ends in
+`KeyError: 'KRONA'`.
+{% endif %}
 ## Files
 
 {{ files }}
@@ -129,6 +132,7 @@ def write_card(
         text_encoder=text_encoder,
         prompt=trigger,
         usage=usage(kind, base_model, trigger),
+        needs_import=kind == "krona",
         files="\n".join(f"- `{f}`" for f in files),
         settings=table(settings),
         summary=table(summary),

@@ -10,6 +10,9 @@ trainable params: 384 || all params: 33,408 || trainable%: 1.1494
 KronA adapts 1 of 1 Linear layers, 99.2% of the weights
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import _register
 
 _register.add_enum_member()
@@ -24,8 +27,35 @@ from .share import line as _share_line  # noqa: E402
 
 _register.register(KronAConfig, KronAModel, KronALayer)
 _register.add_to_print(_share_line)
+_register.add_to_model_card(KronAConfig)
 _register.register_hotswap(KronAConfig, hotswap.swap, hotswap.prepare, hotswap.make_scalings_tensors)
 _diffusers.register()
 
+if TYPE_CHECKING:
+    from .pipelines import add_krona, load_krona_weights, save_krona_weights
+
 __version__ = "0.1.0"
-__all__ = ["KronAConfig", "KronALayer", "KronAModel", "kron_linear", "merged"]
+__all__ = [
+    "KronAConfig",
+    "KronALayer",
+    "KronAModel",
+    "add_krona",
+    "kron_linear",
+    "load_krona_weights",
+    "merged",
+    "save_krona_weights",
+]
+# {name: its module}, imported when it is asked for (PEP 562)
+_LAZY = {name: "pipelines" for name in ("add_krona", "load_krona_weights", "save_krona_weights")}
+_LAZY |= {name: "" for name in ("convert", "inspection", "pipelines")}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_LAZY[name] or name}")
+    return getattr(module, name) if _LAZY[name] else module
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -8,15 +8,29 @@ tuners of their own, which has no hook at all.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Union
 
+from huggingface_hub import ModelCard
 from peft.utils.peft_types import PeftType, register_peft_method
 
 from .errors import RegistrationError
 
 NAME = "KRONA"
+CARD = """
+## Loading
+
+This is a KronA adapter. `import peft_krona` before loading it; without, PEFT ends in `KeyError: 'KRONA'`.
+
+```python
+import peft_krona
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this folder")
+```
+"""
 PREFIX = "krona_"
 
 
@@ -97,6 +111,30 @@ def _add_to_print(cls: type, line: Callable[[Any], str | None]) -> None:
 
     print_trainable_parameters._before_peft_krona = original
     cls.print_trainable_parameters = print_trainable_parameters
+
+
+def add_to_model_card(config_cls: type) -> None:
+    """Let the README.md that PEFT writes into a saved folder say that `import peft_krona` comes before loading it.
+
+    Without the import, PEFT ends in `KeyError: 'KRONA'`, and neither it nor the folder tells why.
+    """
+    from peft.peft_model import PeftModel
+
+    original = PeftModel.create_or_update_model_card
+    original = getattr(original, "_before_peft_krona", original)
+
+    @wraps(original)
+    def create_or_update_model_card(self, output_dir):
+        original(self, output_dir)
+        if any(isinstance(config, config_cls) for config in self.peft_config.values()):
+            path = os.path.join(output_dir, "README.md")
+            card = ModelCard.load(path)
+            if "import peft_krona" not in card.text:
+                card.text = f"{card.text.rstrip()}\n{CARD}"
+                card.save(path)
+
+    create_or_update_model_card._before_peft_krona = original
+    PeftModel.create_or_update_model_card = create_or_update_model_card
 
 
 def _register_with_mixed_models(config_cls: type, model_cls: type, layer_cls: type) -> None:

@@ -12,8 +12,9 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
-from .errors import ConfigError
+from .errors import ConfigError, ConfigTypeError
 from .factors import LAYOUTS, Layout
+from .setting_names import explains_unknown_names
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before module names in its files
 Scaling = Literal["alpha", "rank", "rslora", "cdka"]
@@ -47,6 +48,7 @@ class LayerSettings(NamedTuple):
     factors: tuple[int, int]
 
 
+@explains_unknown_names
 @dataclass
 class KronAConfig(PeftConfig):
     """Settings of a Kronecker adapter: dW = s * layout(sum_{i=1..r} A_i (x) B_i) on every target layer.
@@ -82,6 +84,8 @@ class KronAConfig(PeftConfig):
 
     Raises:
         ConfigError: (a ValueError) names the field, its value and what is allowed.
+        ConfigTypeError: (also a TypeError) for a keyword that is none of these: what LoRA's, LoKr's and the papers'
+            settings are called here.
 
     >>> KronAConfig(target_modules=["to_q"], a_out=64, a_in=8).peft_type.value
     'KRONA'
@@ -189,6 +193,30 @@ class KronAConfig(PeftConfig):
     @staticmethod
     def _refuse(name: str, value: Any, allowed: str) -> None:
         raise ConfigError(f"KronAConfig.{name}={value!r} is not allowed; expected {allowed}.")
+
+
+def check_is_config(value: Any, argument: str = "config", instead: str = "") -> None:
+    """That `value` is a `KronAConfig`.
+
+    Args:
+        argument: what it is called in the message. instead: what else is allowed, for the message.
+
+    Raises:
+        ConfigTypeError: says what was received, and what to write.
+    """
+    if isinstance(value, KronAConfig):
+        return
+    wanted = f"Expected a KronAConfig{instead} for {argument}, got"
+    if isinstance(value, PeftConfig):
+        raise ConfigTypeError(
+            f"{wanted} {type(value).__name__}, which is an adapter of another kind: model.add_adapter(config) or "
+            "get_peft_model(model, config) take it. For KronA write KronAConfig(a_out=64, a_in=4, target_modules=...); "
+            "docs/from_lora.md has the settings that take the place of LoRA's."
+        )
+    if isinstance(value, type) and issubclass(value, KronAConfig):
+        raise ConfigTypeError(f"{wanted} the class {value.__name__}. Write {value.__name__}(), with brackets.")
+    hint = " Write KronAConfig(**settings)." if isinstance(value, dict) else ""
+    raise ConfigTypeError(f"{wanted} {value!r} of type {type(value).__name__}.{hint}")
 
 
 def _is_positive_int(value: Any) -> bool:

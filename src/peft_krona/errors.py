@@ -10,6 +10,10 @@ class ConfigError(KronAError, ValueError):
     """A field of `KronAConfig` has a value that is not allowed, or fields contradict each other."""
 
 
+class ConfigTypeError(ConfigError, TypeError):
+    """A keyword that `KronAConfig` does not have, or something else where a `KronAConfig` is expected."""
+
+
 class FactorError(KronAError, ValueError):
     """Requested Kronecker factors do not fit a layer's size."""
 

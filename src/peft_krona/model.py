@@ -26,7 +26,7 @@ from .config import KronAConfig
 from .errors import FormatError, UnsupportedLayerError
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, KronALayer, Linear
 from .rollback import forget_adapter, undone_on_error
-from .share import warn_if_small
+from .share import MANY_TERMS, say_that_r_counts_terms, warn_if_small
 from .state_dict import remember_settings, unfiltered, without_nesting
 from .targets import CLIP_TARGET_MODULES, default_target_modules, entry_of, is_diffusers_model
 
@@ -84,6 +84,9 @@ class KronAModel(BaseTuner):
         if guessed:
             warn_if_small(model, adapter_name)
         _warn_of_unmatched_factors(model, adapter_name, config)
+        # who loads an adapter did not choose its r, and CDKA is made of terms
+        if config.r > MANY_TERMS and not config.inference_mode and "cdka" not in (config.scaling, config.init_weights):
+            say_that_r_counts_terms(model, adapter_name, config.r)
 
     def _check_target_module_compatiblity(self, peft_config: KronAConfig, model: nn.Module, target_name: str) -> None:
         super()._check_target_module_compatiblity(peft_config, model, target_name)

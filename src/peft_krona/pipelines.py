@@ -29,7 +29,7 @@ from torch import nn
 
 from ._compat import HOTSWAP_SETTINGS
 from .adapter_names import check_adapter_name
-from .config import PEFT_PREFIX, KronAConfig
+from .config import PEFT_PREFIX, KronAConfig, check_is_config
 from .convert import read_adapter, shapes_of_models
 from .errors import ConfigError, FormatError
 from .hotswap import plan_swap
@@ -66,7 +66,12 @@ def add_krona(
     Raises:
         ConfigError: if the pipeline has nothing to adapt, the adapter exists already or its name is not allowed (empty,
             or with a dot). The pipeline is unchanged.
+        ConfigTypeError: if a config is of another type, LoRA's for instance.
     """
+    if config is not None:
+        check_is_config(config, "config", " or None")
+    if not isinstance(text_encoder_config, bool) and text_encoder_config is not None:
+        check_is_config(text_encoder_config, "text_encoder_config", ", True or None")
     models = models_of(pipe)
     configs: dict[str, KronAConfig] = {}
     for name in models:
@@ -174,7 +179,10 @@ def load_krona_weights(
     Raises:
         FormatError: names the file, layer or component and the reason. The pipeline is then as it was before.
         ConfigError: if an adapter of that name exists already, or the name is not allowed (empty, or with a dot).
+        ConfigTypeError: if `config` is of another type.
     """
+    if config is not None:
+        check_is_config(config, "config", " or None")
     path = find(os.fspath(source), weight_name, subfolder, revision=revision, token=token, **hub)
     models = models_of(pipe)
     components = read_own(path, models, config)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from math import prod
@@ -15,6 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .layers import KronALayer
 
+logger = logging.getLogger(__name__)
+
+MANY_TERMS = 4  # above it, r is likely to be a LoRA's
+_said_that_r_counts_terms = False
 SMALL = 0.2  # below this share of the weights, a guess at the layers to adapt is reported
 
 
@@ -84,6 +89,27 @@ def warn_if_small(model: nn.Module, adapter_name: str) -> None:
             "target_modules (or 'all-linear') to choose the layers yourself.",
             RuntimeWarning,
             stacklevel=2,
+        )
+
+
+def number_of_parameters(model: nn.Module, adapter_name: str) -> int:
+    """Trainable numbers in the factors of one adapter."""
+    layers = [m for m in model.modules() if isinstance(m, KronALayer) and adapter_name in m.krona_A]
+    return sum(layer.krona_A[adapter_name].numel() + layer.krona_B[adapter_name].numel() for layer in layers)
+
+
+def say_that_r_counts_terms(model: nn.Module, adapter_name: str, r: int) -> None:
+    """One log line in a program's life: whoever has replaced a LoRA by its r has r times the parameters."""
+    global _said_that_r_counts_terms
+    if not _said_that_r_counts_terms:
+        _said_that_r_counts_terms = True
+        n = number_of_parameters(model, adapter_name)
+        logger.warning(
+            "KronAConfig(r=%d): r counts Kronecker terms, it is not a rank as LoRA's is. This adapter has %s "
+            "parameters; with r=1 it has %s. (Said once.)",
+            r,
+            f"{n:,}",
+            f"{n // r:,}",
         )
 
 
