@@ -176,7 +176,9 @@ def to_file(
         FormatError: names the layer that the format cannot hold, and formats that can, or that has no such name.
     """
     names = list(_names(adapter, base_model))
-    written = WRITTEN[to].write(adapter.layers, dtype)
+    write = WRITTEN[to].write
+    assert write is not None  # of those in WRITTEN
+    written = write(adapter.layers, dtype)
     return {
         f"{name}.{ending}": tensor
         for name, parts in zip(names, written, strict=True)
@@ -274,6 +276,7 @@ def _export_file(
         precision = torch.float64 if dtype == torch.float32 else torch.float32
         groups = group_by_layer(written, (*WRITTEN[to].endings, *SHARED_ENDINGS))
         delta = WRITTEN[to].delta
+        assert delta is not None  # a format that is written has one: test_convert_formats.py
         worst.update(_errors(names, ((name, delta(name, parts, precision)) for name, parts in groups.items())))
         _check_errors(worst, to, dtype)
 

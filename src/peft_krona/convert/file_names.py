@@ -98,13 +98,15 @@ def _strip(name: str) -> tuple[set[str], str, bool]:
     while True:
         wrapper = next((w for w in _WRAPPERS if rest.startswith(w) and len(rest) > len(w)), None)
         match = None if wrapper else _CONTAINER.match(rest)
-        if wrapper is None and match is None:
-            break
         if match is not None:
             container = match["dotted"] or match["flat"]
             components.add(_CONTAINERS[container])
             own = own or container in ("transformer", "lora_transformer", "lycoris")
-        rest = rest[len(wrapper) if wrapper else match.end() :]
+            rest = rest[match.end() :]
+        elif wrapper is not None:
+            rest = rest[len(wrapper) :]
+        else:
+            break
     rest = rest.replace("._orig_mod.", ".")
     for pattern, replacement in _OLD_ENDS:
         rest = pattern.sub(replacement, rest)
@@ -180,7 +182,7 @@ def resolve(
     targets = {}
     for name, component in components.items():
         rest = stripped[name][1]
-        if component in flats:
+        if known is not None and component in known:
             exact = _look_up(name, component, rest, flats[component])
             targets[name] = exact or _target(name, component, rest, names[name], family, layers_per_block, True)
             missing = [module for module in targets[name].modules if module not in known[component]]
@@ -283,8 +285,9 @@ def _family(transformer: Mapping[str, tuple[int, ...] | None], known: Shapes | N
         candidates = [family for family in candidates if any(_in(family, module, modules) for module in modules)]
     complete = []
     for family in candidates:
-        targets = [family.target(name, shape) for name, shape in transformer.items()]
-        if all(target is not None for target in targets):
+        found = (family.target(name, shape) for name, shape in transformer.items())
+        targets = [target for target in found if target is not None]
+        if len(targets) == len(transformer):
             complete.append((family, targets))
     if own or any(re.match(r"(?:single_)?transformer_blocks[._]", name) for name in transformer):
         complete = [pair for pair in complete if all(map(pair[0].has, transformer))] or complete

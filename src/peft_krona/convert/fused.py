@@ -17,16 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import gcd
+from typing import TypeAlias, overload
 
 import torch
 
 from ..errors import ShapeError
 from .formats import Factors
 
-Update = Factors | torch.Tensor  # a layer's update, or a vector with an entry for every row (that of a bias)
+Update: TypeAlias = Factors | torch.Tensor  # a layer's update, or a vector with an entry for every row (that of a bias)
 
 
-def split(updates: Mapping[str, Update], parts: Mapping[str, Mapping[str, int]]) -> dict[str, Update]:
+@overload
+def split(updates: Mapping[str, Factors], parts: Mapping[str, Mapping[str, int]]) -> dict[str, Factors]: ...
+@overload
+def split(updates: Mapping[str, Update], parts: Mapping[str, Mapping[str, int]]) -> dict[str, Update]: ...
+def split(updates: Mapping[str, Update], parts: Mapping[str, Mapping[str, int]]) -> Mapping[str, Update]:
     """Updates of fused layers as updates of their parts.
 
     Args:
@@ -83,6 +88,10 @@ def fuse(updates: Mapping[str, Update], parts: Mapping[str, Mapping[str, int]]) 
     return result
 
 
+@overload
+def swap_halves(update: Factors) -> Factors: ...
+@overload
+def swap_halves(update: torch.Tensor) -> torch.Tensor: ...
 def swap_halves(update: Update) -> Update:
     """The update of a layer whose two halves of rows stand the other way round.
 
@@ -143,9 +152,10 @@ def _stack(name: str, present: Mapping[str, Update], members: Mapping[str, int])
     for part, update in present.items():
         if _rows(update) != members[part]:
             raise ShapeError(f"{part} has {_rows(update)} rows; expected {members[part]} in {name}.")
-    if all(isinstance(update, torch.Tensor) for update in present.values()):
-        like = next(iter(present.values()))
-        return torch.cat([present.get(part, like.new_zeros(size)) for part, size in members.items()])
+    vectors = {part: update for part, update in present.items() if isinstance(update, torch.Tensor)}
+    if len(vectors) == len(present):
+        like = next(iter(vectors.values()))
+        return torch.cat([vectors.get(part, like.new_zeros(size)) for part, size in members.items()])
     factors = {part: update for part, update in present.items() if isinstance(update, Factors)}
     first = next(iter(factors.values()))
     width = {update.A.shape[2] * update.B.shape[2] for update in factors.values()}

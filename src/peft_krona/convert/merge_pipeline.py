@@ -31,6 +31,7 @@ def merge_into_models(models: dict[str, nn.Module], adapter: AdapterFile) -> Non
         known = {name for name, _ in model.named_modules()}
         module = model.get_submodule(to_module_name(layer.component, layer.module, known))
         weight = module.weight
+        assert isinstance(weight, torch.Tensor)  # `fitted` knows layers with weights only
         dtype = torch.promote_types(weight.dtype, torch.float32)
         dW = layer.delta_weight(dtype).to(weight.device)
         with torch.no_grad():

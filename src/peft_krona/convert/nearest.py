@@ -13,13 +13,13 @@ from math import prod
 import torch
 
 from ..errors import FactorError, FormatError
-from ..factors import choose_factors
+from ..factors import Layout, choose_factors
 from .names import to_file_name
 from .record import AdapterFile, LayerUpdate
 
 
 def nearest_kronecker(
-    dW: torch.Tensor, a_out: int, a_in: int, *, r: int = 1, layout: str = "kron"
+    dW: torch.Tensor, a_out: int, a_in: int, *, r: int = 1, layout: Layout = "kron"
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The r-term Kronecker sum of given factor sizes that is nearest to dW in the Frobenius norm.
 
@@ -78,7 +78,7 @@ def from_difference(
     a_in: int,
     *,
     r: int = 1,
-    layout: str = "kron",
+    layout: Layout = "kron",
     component: str = "unet",
     modules: Mapping[str, tuple[int, int]] | None = None,
 ) -> tuple[AdapterFile, dict[str, float]]:
@@ -109,8 +109,9 @@ def from_difference(
         dW = tuned[key].double() - base[key].double()
         if not dW.any():
             continue
-        wanted = (a_out, a_in) if modules is None else modules[module]
-        A, B, error = nearest_kronecker(dW.float(), *choose_factors(*dW.shape[:2], *wanted), r=r, layout=layout)
+        wanted_out, wanted_in = (a_out, a_in) if modules is None else modules[module]
+        factors = choose_factors(dW.shape[0], dW.shape[1], wanted_out, wanted_in)
+        A, B, error = nearest_kronecker(dW.float(), *factors, r=r, layout=layout)
         layer = LayerUpdate(component, to_file_name(component, module), A, B, 1.0, layout)
         layers.append(layer)
         errors[layer.name] = error

@@ -12,17 +12,27 @@ import torch
 
 from ..config import PEFT_PREFIX, KronAConfig
 from ..errors import FormatError
+from ..factors import Layout
 from .names import to_module_name
 
 
 class _Layer(Protocol):
     """What is needed of a `record.LayerUpdate`."""
 
-    module: str
-    A: torch.Tensor
-    B: torch.Tensor
-    scale: float
-    layout: str
+    @property
+    def module(self) -> str: ...
+
+    @property
+    def A(self) -> torch.Tensor: ...
+
+    @property
+    def B(self) -> torch.Tensor: ...
+
+    @property
+    def scale(self) -> float: ...
+
+    @property
+    def layout(self) -> Layout: ...
 
     @property
     def r(self) -> int: ...
@@ -42,7 +52,7 @@ def config_of(
     Raises:
         FormatError: if two layouts are mixed.
     """
-    layouts = sorted({layer.layout for layer in layers})
+    layouts: list[Layout] = sorted({layer.layout for layer in layers})
     if len(layouts) > 1:
         raise FormatError(
             f"{component}: the layouts {layouts} are mixed, and a KronAConfig holds one. Split the adapter by layout."
@@ -91,8 +101,8 @@ def _default_and_pattern(names: list[str], values: list[Any]) -> tuple[Any, dict
     pattern = {}
     for name, value in zip(names, values, strict=True):
         if value != default:
-            end = next((end for end in _ends(name) if len(found[end]) == 1), None)
-            pattern[f"^{re.escape(name)}" if end is None else re.escape(end)] = value
+            short = next((end for end in _ends(name) if len(found[end]) == 1), None)
+            pattern[f"^{re.escape(name)}" if short is None else re.escape(short)] = value
     return default, pattern
 
 

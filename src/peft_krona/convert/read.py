@@ -179,10 +179,6 @@ def from_tensors(
             raise FormatError("The file has no adapter weights.")
         groups = _grouped(tensors)
         formats = _formats_of(groups)
-        for name, format in formats.items():
-            if format.read is None:
-                key = f"{name}.{next(ending for ending in groups[name] if ending in format.endings)}"
-                raise FormatError(f"This is a {format.name} file ('{key}'), which {format.refuses}.")
         layers = _layers({name: (formats[name], parts) for name, parts in groups.items()}, metadata, base_model, shapes)
         adapter = AdapterFile(layers, source="+".join(dict.fromkeys(format.name for format in formats.values())))
     return replace(adapter, metadata={**_known_metadata(metadata), **adapter.metadata})
@@ -320,7 +316,17 @@ def _layers(
     base_model: UNetNames | None,
     known: Shapes | None = None,
 ) -> tuple[LayerUpdate, ...]:
-    """The layers that the names of a file stand for."""
+    """The layers that the names of a file stand for.
+
+    Raises:
+        FormatError: if one is of a format that is not read, and whatever a format's reader raises.
+    """
+    readers = {}
+    for name, (format, parts) in found.items():
+        if format.read is None:
+            key = f"{name}.{next(ending for ending in parts if ending in format.endings)}"
+            raise FormatError(f"This is a {format.name} file ('{key}'), which {format.refuses}.")
+        readers[name] = format.read
     if any("alpha" in parts for _, parts in found.values()):
         metadata = {key: value for key, value in metadata.items() if "alpha" not in key and "lora_alpha" not in value}
     elif any(header_alpha(name, metadata) for name in found):
@@ -328,9 +334,7 @@ def _layers(
             "No layer of the file has an alpha; that of its header is taken. Tools that read only the tensors take the "
             "rank for it, so that the adapter has another strength there."
         )
-    factors = {}
-    for name, (format, parts) in found.items():
-        factors[name] = format.read(name, parts, metadata)
+    factors = {name: read(name, found[name][1], metadata) for name, read in readers.items()}
     shapes = {name: (A.shape[1] * B.shape[1], A.shape[2] * B.shape[2]) for name, (A, B, *_) in factors.items()}
     per_block = 2 if base_model is None else base_model.layers_per_block
     targets = resolve(shapes, known, per_block)
@@ -380,7 +384,7 @@ def from_peft(
         ConfigError: if a KRONA config has values that are not allowed.
     """
     kind = config.get("peft_type")
-    readers = {format.peft_type: format for format in FORMATS.values() if format.read_peft is not None}
+    readers = {f.peft_type: (f.read_peft, f.peft_endings) for f in FORMATS.values() if f.read_peft is not None}
     if not isinstance(kind, str) or kind not in readers:
         raise FormatError(f"adapter_config.json: peft_type={kind!r} cannot be read; expected one of {tuple(readers)}.")
     tensors = _renamed(tensors, lambda key: _without_adapter_name(without_wrappers(key)))
@@ -394,12 +398,12 @@ def from_peft(
             "itself loads such adapters: PeftModel.from_pretrained(model, folder)."
         )
     component = component or guess_component(tensors)
-    required, optional = readers[kind].peft_endings
+    read, (required, optional) = readers[kind]
     groups = group_by_layer(tensors, (*required, *optional))
     for module, parts in groups.items():
         complete(module, parts, required)
     layers = []
-    for module, factors in readers[kind].read_peft(config, groups).items():
+    for module, factors in read(config, groups).items():
         layer = LayerUpdate(component, to_file_name(component, module), *factors)
         layers.append(layer if layer.kernel else layer.with_kernel(kernel_of(component, module, None)))
     return AdapterFile(tuple(layers), source=f"peft-{kind.lower()}", metadata=_base_model_name(config))

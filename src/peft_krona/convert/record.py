@@ -14,7 +14,7 @@ from torch import nn
 
 from ..config import KronAConfig
 from ..errors import FormatError, ShapeError
-from ..factors import LAYOUTS
+from ..factors import LAYOUTS, Layout
 from ..ops import kron_delta_weight
 from .peft_config import config_of
 from .shapes import shapes_of_models
@@ -46,7 +46,7 @@ class LayerUpdate:
     A: torch.Tensor
     B: torch.Tensor
     scale: float = 1.0
-    layout: str = "kron"
+    layout: Layout = "kron"
 
     def __post_init__(self) -> None:
         A, B = tuple(self.A.shape), tuple(self.B.shape)

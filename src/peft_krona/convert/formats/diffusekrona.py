@@ -57,7 +57,7 @@ def _check_attention_sizes(layers: Sequence[LayerUpdate]) -> None:
         block, _, last = layer.name.removesuffix(".0").rpartition(".")
         blocks.setdefault(block, {})[last.removeprefix("to_").removesuffix("_proj")] = layer
     for block, members in blocks.items():
-        sides = {"inner": {}, "outer": {}, "context": {}}
+        sides: dict[str, dict[str, int]] = {"inner": {}, "outer": {}, "context": {}}
         for which, layer in members.items():
             if which in ("q", "k", "v"):
                 sides["inner"][which] = layer.shape[0]

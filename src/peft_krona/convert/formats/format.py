@@ -13,6 +13,7 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from ...errors import FormatError
+from ...factors import Layout
 from ..record import LayerUpdate
 
 Parts = Mapping[str, torch.Tensor]  # one layer's tensors: {ending of the key: tensor}
@@ -25,7 +26,7 @@ class Factors(NamedTuple):
     A: torch.Tensor
     B: torch.Tensor
     scale: float = 1.0
-    layout: str = "kron"
+    layout: Layout = "kron"
 
 
 @dataclass(frozen=True)

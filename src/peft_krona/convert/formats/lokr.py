@@ -71,16 +71,14 @@ def _sides_and_ranks(name: str, parts: Parts) -> tuple[torch.Tensor, torch.Tenso
     for side in ("lokr_w1", "lokr_w2"):
         full, a, b = (parts.get(side + end) for end in ("", "_a", "_b"))
         t = parts.get("lokr_t2") if side == "lokr_w2" else None
-        if (
-            (full is None) == (a is None and b is None)
-            or (a is None) != (b is None)
-            or (full is not None and t is not None)
-        ):
+        if full is not None and a is None and b is None and t is None:
+            sides.append(full)
+        elif full is None and a is not None and b is not None:
+            product, ranks[side] = _multiply_out(name, side, a, b, t)
+            sides.append(product)
+        else:
             has = ", ".join(sorted(parts))
             raise FormatError(f"'{name}' has {has}: expected {side}, or {side}_a and {side}_b, and not both.")
-        if full is None:
-            full, ranks[side] = _multiply_out(name, side, a, b, t)
-        sides.append(full)
     w1, w2 = sides
     if w1.dim() != 2 or not 2 <= w2.dim() <= 5 or 0 in (*w1.shape, *w2.shape):
         raise FormatError(f"'{name}': expected w1 a matrix and w2 one with a kernel at most, got {_shapes(parts)}.")

@@ -52,7 +52,8 @@ def _pair(name: str, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
         if extra in parts:
             raise FormatError(f"'{name}.{extra}': LoRA with this extra part is no plain low-rank update.")
     endings = next((pair for pair in _DIALECTS if not parts.keys().isdisjoint(pair)), _DIALECTS[0])
-    return complete(name, parts, endings)
+    down, up = complete(name, parts, endings)
+    return down, up
 
 
 # Settings of a LoraConfig under which PEFT does not compute W + s B A, and what it computes.
