@@ -43,7 +43,6 @@ from accelerate.utils import (
     ProjectConfiguration,
     set_seed,
 )
-from diffusers import DDPMScheduler
 from diffusers.training_utils import cast_training_params, free_memory, offload_models
 from diffusers.utils.import_utils import is_xformers_available
 from torch.utils.data import DataLoader
@@ -54,8 +53,10 @@ from examples.dreambooth.arguments import adapter_config, parse_args, public_set
 from examples.dreambooth.checkpoint import Checkpoints, is_write_error
 from examples.dreambooth.class_images import make_class_images
 from examples.dreambooth.exports import export_for_other_tools, remove_exports
+from examples.dreambooth.families import known
+from examples.dreambooth.families.base import Trained
 from examples.dreambooth.files import TEMPORARY, aside, clean, remove, replace_folder
-from examples.dreambooth.prompts import Denoiser, TextEmbeddings, is_sdxl, say_cut, text_encoders, time_ids, windows
+from examples.dreambooth.prompts import TextEmbeddings, say_cut
 
 
 def main(args: Any) -> dict[str, Any]:
@@ -97,13 +98,11 @@ def main(args: Any) -> dict[str, Any]:
         revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
     )  # fmt: skip
     pipe = load_base()
-    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    encoders = text_encoders(pipe)
-    vae_scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    sample_size = pipe.unet.config.sample_size
-    resolution = args.resolution or (sample_size if isinstance(sample_size, int) else sample_size[0]) * vae_scale
-    multiple = vae_scale * 2 ** (len(pipe.unet.config.down_block_types) - 1)
-    buckets = data.choose_buckets(args.aspect_ratio_buckets, resolution, multiple)
+    family = known()[type(pipe).__name__](pipe)
+    base, encoders = getattr(pipe, family.denoiser), family.text_encoders()
+    goal = objective.NoisePrediction(pipe.scheduler.config, args.snr_gamma, args.noise_offset)
+    resolution = args.resolution or family.resolution()
+    buckets = data.choose_buckets(args.aspect_ratio_buckets, resolution, family.multiple())
 
     # -- data ----------------------------------------------------------------------------------------------------------
     if args.dataset_name:
@@ -132,21 +131,21 @@ def main(args: Any) -> dict[str, Any]:
     if small:
         say(f"note: {len(small)} images ({small[0]}, ...) are smaller than what they are brought to: enlarged.")
     captions = [p.caption for p in (*pictures, *class_pictures)]
-    say_cut(windows(pipe), [*captions, *(args.validation_prompt or ())], say)
+    say_cut(family.windows(), [*captions, *(args.validation_prompt or ())], say)
     batches = data.Batches(
         dataset, args.train_batch_size, accelerator.process_index, accelerator.num_processes, args.repeats, args.seed
     )
 
-    for model in (pipe.vae, pipe.unet, *encoders.values()):
+    for model in (pipe.vae, base, *encoders.values()):
         model.requires_grad_(False)
-    pipe.unet.to(device, dtype=weight_dtype)
+    base.to(device, dtype=weight_dtype)
     resting = torch.device("cpu") if args.offload else device
     pipe.vae.to(resting)  # stays in fp32: half precision makes NaN with SDXL's VAE
     for encoder in encoders.values():
         encoder.to(device if args.train_text_encoder else resting, dtype=weight_dtype)
 
-    denoiser = Denoiser(pipe)
-    embed = TextEmbeddings(pipe, denoiser, args.train_text_encoder, device)
+    denoiser = Trained(family)
+    embed = TextEmbeddings(family, args.train_text_encoder, device)
     if not args.train_text_encoder:
         with offload_models(*encoders.values(), device=device, offload=args.offload):
             embed.precompute(captions + [""] * (args.caption_dropout > 0))
@@ -154,34 +153,37 @@ def main(args: Any) -> dict[str, Any]:
     if args.cache_latents:
         with offload_models(pipe.vae, device=device, offload=args.offload):
             dataset.cache_latents(
-                pipe.vae, lambda x: tqdm(x, desc="Latents", disable=not accelerator.is_local_main_process)
+                family.encode_image, lambda x: tqdm(x, desc="Latents", disable=not accelerator.is_local_main_process)
             )
     free_memory()
 
     # -- adapter -------------------------------------------------------------------------------------------------------
     set_seed(args.seed)  # the same start, whether or not class images were made just now
     text_config = adapter_config(args, "text_encoder") if args.train_text_encoder else None
-    trained = adapters.add(pipe, adapter_config(args, "unet"), text_config)
+    trained = adapters.add(pipe, adapter_config(args, family.denoiser), text_config)
     cast_training_params(list(trained.values()), dtype=torch.float32)
     if args.enable_xformers_memory_efficient_attention:
         if not is_xformers_available():
             raise TrainingError("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
-        pipe.unet.enable_xformers_memory_efficient_attention()
+        base.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
+        base.enable_gradient_checkpointing()
         if args.train_text_encoder:
             for encoder in encoders.values():
                 encoder.gradient_checkpointing_enable({"use_reentrant": False})
     if args.torch_compile:
-        pipe.unet.compile_repeated_blocks()  # the transformer blocks: most of the work, a fraction of the compile time
+        base.compile_repeated_blocks()  # the transformer blocks: most of the work, a fraction of the compile time
 
     # -- optimizer -----------------------------------------------------------------------------------------------------
     scale = batches.global_batch * args.gradient_accumulation_steps if args.scale_lr else 1
     lr, text_lr = args.learning_rate * scale, args.text_encoder_lr * scale
     groups = optim.parameter_groups(
         trained,
-        {part: lr if part == "unet" else text_lr for part in trained},
-        {part: args.adam_weight_decay if part == "unet" else args.adam_weight_decay_text_encoder for part in trained},
+        {part: lr if part == family.denoiser else text_lr for part in trained},
+        {
+            part: args.adam_weight_decay if part == family.denoiser else args.adam_weight_decay_text_encoder
+            for part in trained
+        },
         *(1.0 if own is None else own / args.learning_rate for own in (args.learning_rate_a, args.learning_rate_b)),
     )
     optimizer = optim.build_optimizer(
@@ -251,7 +253,7 @@ def main(args: Any) -> dict[str, Any]:
         """Fixed-seed images to trackers and disk (main process)."""
         images = evaluate.validation(
             pipeline, args.validation_prompt, args.num_validation_images, args.seed, buckets[0], accelerator.autocast(),
-            num_inference_steps=args.validation_inference_steps, guidance_scale=args.validation_guidance_scale,
+            num_inference_steps=args.validation_inference_steps, **family.sampling(args.validation_guidance_scale),
         )  # fmt: skip
         evaluate.track(accelerator, phase, images, shown_prompts, at)
         evaluate.save_images(images, output / "validation" / f"{phase}-{at}", args.num_validation_images)
@@ -275,23 +277,18 @@ def main(args: Any) -> dict[str, Any]:
             )
             with accelerator.accumulate(model):
                 with offload_models(pipe.vae, device=device, offload=args.offload and "pixels" in batch):
-                    mean, std = objective.encode_latents(pipe.vae, batch, device)
-                posterior, noise, timesteps = objective.draw(
-                    batch, mean.shape[1:], args.seed, scheduler.config.num_train_timesteps, args.noise_offset, device
-                )
-                latents = objective.scale_latents(pipe.vae, mean + std * posterior)
-                noisy = scheduler.add_noise(latents, noise, timesteps).to(weight_dtype)
-                target = objective.target_of(scheduler, latents, noise, timesteps)
-                text = embed(batch["caption"])
-                micro_conditioning = time_ids(batch, device, weight_dtype) if is_sdxl(pipe) else None
+                    mean, std = data.latents_of(batch, family.encode_image, device)
+                posterior, noise, times = objective.draw(batch, mean.shape[1:], args.seed, goal, device)
+                noisy, level, target, weight = goal.add_noise(mean + std * posterior, noise, times)
+                text = embed(batch["caption"]) | family.conditions(batch, device)
 
-                prediction = model(noisy, timesteps, text, micro_conditioning)
+                prediction = model(noisy.to(weight_dtype), level, text)
 
                 own = len(prediction) // 2 if class_pictures else len(prediction)  # instances first, then class images
-                loss = objective.loss_of(prediction[:own], target[:own], scheduler, timesteps[:own], args.snr_gamma)
+                loss = objective.loss_of(prediction[:own], target[:own], weight[:own])
                 if class_pictures:
                     loss = loss + args.prior_loss_weight * objective.loss_of(
-                        prediction[own:], target[own:], scheduler, timesteps[own:], args.snr_gamma
+                        prediction[own:], target[own:], weight[own:]
                     )
                 accelerator.backward(loss)
                 losses.append(accelerator.gather(loss.detach()).mean())
@@ -379,7 +376,8 @@ def main(args: Any) -> dict[str, Any]:
             files += export_for_other_tools(output, wanted, args.pretrained_model_name_or_path, say)
         images = []
         if validating and not interrupted:  # from the saved file, in a pipeline that has seen no training
-            del pipe, denoiser, model, optimizer, embed
+            family.pipe = None
+            del pipe, base, denoiser, model, optimizer, embed
             free_memory()
             saved_pipe = load_base(dtype=weight_dtype)
             adapters.load(saved_pipe, output)
@@ -387,7 +385,7 @@ def main(args: Any) -> dict[str, Any]:
             images = validate("final", saved_pipe.to(device), step)
         card.write_card(
             output, name, args.adapter_type, base_model, args.instance_prompt, images, shown_prompts,
-            public_settings(args), summary, [Path(f).name for f in files], args.train_text_encoder,
+            public_settings(args), summary, [Path(f).name for f in files], family.tags, args.train_text_encoder,
         )  # fmt: skip
         summary["total time, s"] = round(time.time() - started, 1)
         with aside(output / "training_summary.json") as path:

@@ -29,7 +29,8 @@ from examples import dreambooth_kron, generate
 from examples.dreambooth import TrainingError, checkpoint, data, evaluate, images, interrupts, optim
 from examples.dreambooth.arguments import parse_args
 from examples.dreambooth.class_images import make_class_images
-from examples.dreambooth.prompts import say_cut, windows
+from examples.dreambooth.families import known
+from examples.dreambooth.prompts import say_cut
 
 ROOT = Path(dreambooth_kron.__file__).resolve().parents[1]
 BASIC = ["--pretrained_model_name_or_path", "p", "--instance_data_dir", "d", "--instance_prompt", "a sks dog"]
@@ -261,12 +262,12 @@ def test_datasets_go_to_worker_processes(tmp_path):
 
 def test_cut_prompts_are_named(tiny_sdxl):
     pipe = diffusers.DiffusionPipeline.from_pretrained(tiny_sdxl)
-    said = []
+    windows, said = known()[type(pipe).__name__](pipe).windows(), []
     long = "abcdefghijklmnopqrstuvwxyz"  # a letter a token, 24 tokens with both ends
-    say_cut(windows(pipe), ["a dog", long, long + "!", ""], said.append)
+    say_cut(windows, ["a dog", long, long + "!", ""], said.append)
     (line,) = said
     assert line.startswith("warning: 2 prompts are longer") and line.endswith("loses its end 'wxyz'.")
-    say_cut(windows(pipe), ["a dog", "abcdefghijklmnopqrstuv"], said.append)
+    say_cut(windows, ["a dog", "abcdefghijklmnopqrstuv"], said.append)
     assert len(said) == 1
 
 

@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 
 from examples.dreambooth import TrainingError, adapters, card, checkpoint, data, demo, exports, files, objective, optim
 from examples.dreambooth.arguments import adapter_config, build_parser, parse_args, public_settings
-from examples.dreambooth.prompts import Denoiser, time_ids, tokenize
+from examples.dreambooth.families import known
+from examples.dreambooth.families.stable_diffusion import StableDiffusion, StableDiffusionXL
 
 EXAMPLES = Path(data.__file__).resolve().parents[1]
 BASIC = ["--pretrained_model_name_or_path", "p", "--instance_data_dir", "d", "--instance_prompt", "a sks dog"]
@@ -387,6 +388,11 @@ def scheduler(kind):
     return diffusers.DDPMScheduler(prediction_type=kind, beta_schedule="scaled_linear")
 
 
+def loss_of(prediction, target, scheduler, times, snr_gamma):
+    goal = objective.NoisePrediction(scheduler.config, snr_gamma)
+    return objective.loss_of(prediction, target, goal.weight(times))
+
+
 def test_min_snr_weights():
     """A perfect v-prediction that is off by e in noise space must weigh the same as epsilon off by e, per min-SNR."""
     t = torch.tensor([10, 500, 990])
@@ -394,33 +400,38 @@ def test_min_snr_weights():
     snr = alpha / (1 - alpha)
     off, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
     for i in range(3):
-        epsilon = objective.loss_of(off, zero, scheduler("epsilon"), t[i : i + 1], 5.0)
-        velocity = objective.loss_of(off, zero, scheduler("v_prediction"), t[i : i + 1], 5.0)
+        epsilon = loss_of(off, zero, scheduler("epsilon"), t[i : i + 1], 5.0)
+        velocity = loss_of(off, zero, scheduler("v_prediction"), t[i : i + 1], 5.0)
         torch.testing.assert_close(epsilon, snr[i].clamp(max=5) / snr[i])
         torch.testing.assert_close(velocity, snr[i].clamp(max=5) / (snr[i] + 1))
-    assert objective.loss_of(off, zero, scheduler("epsilon"), t[:1], None) == 1
+    assert loss_of(off, zero, scheduler("epsilon"), t[:1], None) == 1
 
 
 def test_min_snr_without_signal():
     """Zero terminal SNR: the weight stays finite."""
     none = diffusers.DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    loss = objective.loss_of(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), none, torch.tensor([999]), 5.0)
+    loss = loss_of(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), none, torch.tensor([999]), 5.0)
     assert torch.isfinite(loss)
 
 
 def test_targets():
     x, noise, t = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), torch.tensor([3, 700])
-    assert objective.target_of(scheduler("epsilon"), x, noise, t) is noise
+    target_of = lambda kind: objective.NoisePrediction(scheduler(kind).config).add_noise(x, noise, t)[2]  # noqa: E731
+    assert target_of("epsilon") is noise
     a = scheduler("v_prediction").alphas_cumprod[t].view(-1, 1, 1, 1)
     expected = a.sqrt() * noise - (1 - a).sqrt() * x
-    torch.testing.assert_close(objective.target_of(scheduler("v_prediction"), x, noise, t), expected)
+    torch.testing.assert_close(target_of("v_prediction"), expected)
     with pytest.raises(TrainingError, match="'sample'; this script trains epsilon and v_prediction"):
-        objective.target_of(scheduler("sample"), x, noise, t)
+        target_of("sample")
 
 
 def test_noise_offset_shifts_whole_channels():
     batch = {"noise_key": [(n, data.NOISE) for n in range(64)]}
-    draw = lambda offset: objective.draw(batch, torch.Size([4, 8, 8]), 0, 1000, offset, torch.device("cpu"))  # noqa: E731
+
+    def draw(offset):
+        goal = objective.NoisePrediction(scheduler("epsilon").config, noise_offset=offset)
+        return objective.draw(batch, torch.Size([4, 8, 8]), 0, goal, torch.device("cpu"))
+
     _, plain, steps = draw(0.0)
     _, shifted, same = draw(2.0)
     assert torch.equal(steps, same)
@@ -430,16 +441,21 @@ def test_noise_offset_shifts_whole_channels():
 
 
 def test_latents_with_mean_and_std():
-    vae = SimpleNamespace(config=diffusers.AutoencoderKL(latents_mean=[1.0] * 4, latents_std=[2.0] * 4).config)
-    scaled = objective.scale_latents(vae, torch.full((1, 4, 2, 2), 3.0))
-    torch.testing.assert_close(scaled, torch.full((1, 4, 2, 2), vae.config.scaling_factor))
+    vae = tiny.vae()
+    vae.register_to_config(latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
+    pixels = torch.zeros(1, 3, 8, 8)
+    mean, std = StableDiffusion(SimpleNamespace(vae=vae)).encode_image(pixels)
+    posterior = vae.encode(pixels).latent_dist
+    torch.testing.assert_close(mean, (posterior.mean - 1) * vae.config.scaling_factor / 2)
+    torch.testing.assert_close(std, posterior.std * vae.config.scaling_factor / 2)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_prompts_are_encoded_as_the_pipeline_does(tmp_path, kind):
     pipe = diffusers.DiffusionPipeline.from_pretrained(tiny.build(tmp_path, kind))
     prompts = ["a dog", ""]
-    encoded = Denoiser(pipe).encode(tokenize(pipe, prompts), torch.tensor([False, True]))
+    family = known()[type(pipe).__name__](pipe)
+    encoded = family.collate(family.encode_prompt(prompts))
     for i, prompt in enumerate(prompts):
         if kind == "sd":
             expected, pooled = pipe.encode_prompt(prompt, "cpu", 1, False)[0], None
@@ -454,7 +470,8 @@ def test_prompts_are_encoded_as_the_pipeline_does(tmp_path, kind):
 
 def test_micro_conditioning():
     batch = {"original_size": [(40, 60)], "crop": [(0, 14)], "target_size": [(32, 48)]}
-    assert time_ids(batch, torch.device("cpu"), torch.float32).tolist() == [[40, 60, 0, 14, 32, 48]]
+    ids = StableDiffusionXL(None).conditions(batch, torch.device("cpu"))["time_ids"]
+    assert ids.tolist() == [[40, 60, 0, 14, 32, 48]]
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------

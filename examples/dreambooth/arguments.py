@@ -248,7 +248,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--validation_epochs", type=positive_int, default=50, help="Make them every N epochs ...")
     group.add_argument("--validation_steps", type=positive_int, help="... or every N updates.")
     group.add_argument("--validation_inference_steps", type=positive_int, default=25, help="Steps of the sampler.")
-    group.add_argument("--validation_guidance_scale", type=float, default=7.0, help="The paper finds 7 best.")
+    group.add_argument(
+        "--validation_guidance_scale", type=float, help="Default: 7 for Stable Diffusion (the paper's best)."
+    )
     group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all or none.")
     group.add_argument("--logging_dir", default="logs", help="Under --output_dir.")
 
@@ -404,12 +406,12 @@ def complete(args: argparse.Namespace) -> None:
 
 
 def adapter_config(args: argparse.Namespace, part: str) -> PeftConfig:
-    """The adapter's settings for "unet" or a text encoder.
+    """The adapter's settings for the denoiser ("unet" or "transformer") or a text encoder.
 
     Raises:
         TrainingError: if a value is not allowed.
     """
-    if part == "unet":
+    if part != "text_encoder":
         flag, targets = "--target_modules", args.target_modules or UNET_TARGETS
     else:
         flag, targets = "--text_encoder_target_modules", args.text_encoder_target_modules or TEXT_TARGETS
@@ -436,7 +438,7 @@ def adapter_config(args: argparse.Namespace, part: str) -> PeftConfig:
             target_modules=targets, a_out=args.krona_a_out, a_in=args.krona_a_in, r=args.rank, alpha=args.alpha,
             scaling=args.scaling, layout=args.layout, init_weights=args.init_weights,
             krona_dropout=args.adapter_dropout, module_dropout=args.module_dropout,
-            factor_pattern=factor_pattern(args) if part == "unet" else {}, strict_factors=args.strict_factors,
+            factor_pattern=factor_pattern(args) if part != "text_encoder" else {}, strict_factors=args.strict_factors,
         )  # fmt: skip
     except KronAError as error:
         raise TrainingError(str(error)) from error

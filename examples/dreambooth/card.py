@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers.utils.hub_utils import populate_model_card
@@ -103,11 +104,13 @@ def write_card(
     settings: dict,
     summary: dict,
     files: list[str],
+    tags: Sequence[str] = (),
     text_encoder: bool = False,
 ) -> Path:
     """Write README.md with the gallery's images beside it.
 
-    `kind`: a key of NAMES. `trigger`: the instance prompt. `text_encoder`: whether it was trained.
+    `kind`: a key of NAMES. `trigger`: the instance prompt. `tags`: of the family. `text_encoder`: whether it was
+    trained.
     """
     trigger = trigger or "(see the captions of the training images)"
     widget = []
@@ -137,9 +140,8 @@ def write_card(
         settings=table(settings),
         summary=table(summary),
     )
-    family = "stable-diffusion-xl" if summary["pipeline"].startswith("StableDiffusionXL") else "stable-diffusion"
-    tags = ["text-to-image", "diffusers", "diffusers-training", "dreambooth", kind, family]
-    populate_model_card(card, tags=[*tags, "template:sd-lora"])
+    common = ("text-to-image", "diffusers", "diffusers-training", "dreambooth", kind)
+    populate_model_card(card, tags=[*common, *tags, "template:sd-lora"])
     path = folder / "README.md"
     with aside(path) as temporary:
         card.save(temporary)

@@ -27,6 +27,7 @@ from .captions import Captions
 from .images import SUFFIXES, UNREADABLE, alterations, as_rgb, image_files, open_image, read_image
 
 Size = tuple[int, int]  # height, width
+Encode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # Family.encode_image
 LARGEST = 2**27  # pixels of a resized image before it is cropped; some 400 MB
 
 
@@ -326,7 +327,7 @@ class DreamBoothDataset(Dataset):
         return view
 
     @torch.no_grad()
-    def cache_latents(self, vae: torch.nn.Module, progress: Callable) -> None:
+    def cache_latents(self, encode: Encode, progress: Callable) -> None:
         """Encode every picture (and its mirror image, if images are flipped) once; random crops stay as drawn here."""
         used = {self.buckets[picture.bucket] for picture in self.pictures}
         wanted = [(p, {self.buckets[p.bucket]}) for p in self.pictures] + [(p, used) for p in self.class_pictures]
@@ -335,8 +336,8 @@ class DreamBoothDataset(Dataset):
             corner = None if self.center_crop else tuple(sample_rng(self.seed, i, CACHE).random(2))
             for size, flip in itertools.product(sizes, flips):
                 pixels, crop = fit(picture.load(), size, corner, flip, self.interpolation)
-                posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
-                picture.latents[size, flip] = posterior.mean[0].cpu(), posterior.std[0].cpu(), crop
+                mean, std = encode(pixels[None])
+                picture.latents[size, flip] = mean[0].cpu(), std[0].cpu(), crop
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -345,6 +346,13 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     tensors = {k: torch.stack([v[k] for v in views]) for k in ("pixels", "mean", "std") if k in views[0]}
     lists = {k: [v[k] for v in views] for k in ("caption", "original_size", "crop", "target_size", "noise_key")}
     return tensors | lists
+
+
+@torch.no_grad()
+def latents_of(batch: dict[str, Any], encode: Encode, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the latents, cached or computed."""
+    mean, std = (batch["mean"], batch["std"]) if "mean" in batch else encode(batch["pixels"])
+    return mean.to(device), std.to(device)
 
 
 class Batches(Sampler):

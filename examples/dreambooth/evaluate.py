@@ -12,19 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 
 from . import TrainingError, one_line
+from .families import family_of
 from .files import TEMPORARY, remove, replace_folder
 
 
 def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
-    """A Stable Diffusion 1.x, 2.x or XL pipeline.
+    """A pipeline of one of the known families.
 
     Raises:
-        TrainingError: if there is none at `path`, or it is of another kind.
+        TrainingError: if there is none at `path`, it is of another kind, or lacks a component.
     """
     looks_local = os.path.isdir(path) or path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not os.path.isfile(os.path.join(path, "model_index.json")):
@@ -38,16 +39,12 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **kwargs: Any) 
         config = DiffusionPipeline.load_config(
             path, **{k: v for k, v in kwargs.items() if k in ("revision", "cache_dir")}
         )
+        family_of(config, path)
         if "safety_checker" in config:
             kwargs |= {"safety_checker": None, "requires_safety_checker": False}
         pipe = DiffusionPipeline.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path} could not be loaded as a diffusers pipeline: {one_line(error)}") from error
-    missing = [n for n in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if getattr(pipe, n, None) is None]
-    if missing:
-        raise TrainingError(
-            f"{path} is a {type(pipe).__name__} without {', '.join(missing)}; expected Stable Diffusion 1.x, 2.x or XL."
-        )
     return pipe.to(dtype)  # files may be in another dtype
 
 
@@ -80,13 +77,12 @@ def base_pipeline(
     pipe = load_pipeline(path, dtype, revision=revision, variant=variant, cache_dir=cache_dir)
     if vae:
         try:
-            pipe.vae = AutoencoderKL.from_pretrained(vae, cache_dir=cache_dir, variant=only_variant(Path(vae))).to(
-                dtype
-            )
+            pipe.vae = type(pipe.vae).from_pretrained(vae, cache_dir=cache_dir, variant=only_variant(Path(vae)))
+            pipe.vae.to(dtype)
         except (OSError, ValueError, RuntimeError) as error:
             raise TrainingError(
-                f"--pretrained_vae_model_name_or_path {vae}: expected the folder of an AutoencoderKL, or its id on the "
-                f"Hub: {one_line(error)}"
+                f"--pretrained_vae_model_name_or_path {vae}: expected the folder of an {type(pipe.vae).__name__}, or "
+                f"its id on the Hub: {one_line(error)}"
             ) from error
     return pipe
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents, noise, targets and the weights of the loss."""
+"""What the denoiser learns from: noise, times, noisy latents, targets and the weights of the loss."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch.nn.functional import mse_loss
 
@@ -13,65 +14,74 @@ from . import TrainingError
 from .data import torch_rng
 
 
-def scale_latents(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """As the UNet sees them."""
-    config = vae.config
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        mean, std = (
-            torch.tensor(config[k], device=latents.device).view(1, -1, 1, 1) for k in ("latents_mean", "latents_std")
-        )
-        return (latents - mean) * config.scaling_factor / std
-    return (latents - (config.get("shift_factor") or 0)) * config.scaling_factor
+class Objective(Protocol):
+    """How images become noise, and what is predicted of that."""
+
+    def noise(self, shape: torch.Size, rng: torch.Generator) -> torch.Tensor:
+        """The noise of one sample of this shape, c x h x w."""
+
+    def time(self, shape: torch.Size, rng: torch.Generator) -> torch.Tensor:
+        """The time of one sample of this shape; a number that only `add_noise` understands."""
+
+    def add_noise(
+        self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(noisy latents, the level that `Family.predict` is given, target, weight of each sample's loss)."""
 
 
-@torch.no_grad()
-def encode_latents(
-    vae: torch.nn.Module, batch: dict[str, Any], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the latents, cached or computed."""
-    if "mean" in batch:
-        return batch["mean"].to(device).float(), batch["std"].to(device).float()
-    posterior = vae.encode(batch["pixels"].to(device, vae.dtype)).latent_dist
-    return posterior.mean.float(), posterior.std.float()
+class NoisePrediction:
+    """DDPM's noise, predicted itself or as a velocity; min-SNR weights (arXiv 2303.09556) if `snr_gamma` is set.
+
+    `scheduler_config`: of the pipeline. `noise_offset`: of a constant per channel that is added to the noise.
+
+    Raises:
+        TrainingError: if the pipeline predicts something else.
+    """
+
+    def __init__(self, scheduler_config: Any, snr_gamma: float | None = None, noise_offset: float = 0.0):
+        self.scheduler = DDPMScheduler.from_config(scheduler_config)
+        self.kind = self.scheduler.config.prediction_type
+        self.snr_gamma, self.noise_offset = snr_gamma, noise_offset
+        if self.kind not in ("epsilon", "v_prediction"):
+            raise TrainingError(
+                f"The scheduler's prediction_type is {self.kind!r}; this script trains epsilon and v_prediction."
+            )
+
+    def noise(self, shape: torch.Size, rng: torch.Generator) -> torch.Tensor:
+        return torch.randn(shape, generator=rng) + self.noise_offset * torch.randn(shape[0], 1, 1, generator=rng)
+
+    def time(self, shape: torch.Size, rng: torch.Generator) -> torch.Tensor:
+        return torch.randint(self.scheduler.config.num_train_timesteps, (), generator=rng)
+
+    def add_noise(
+        self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        noisy = self.scheduler.add_noise(latents, noise, times)
+        target = noise if self.kind == "epsilon" else self.scheduler.get_velocity(latents, noise, times)
+        return noisy, times, target, self.weight(times)
+
+    def weight(self, times: torch.Tensor) -> torch.Tensor:
+        if self.snr_gamma is None:
+            return torch.ones(len(times), device=times.device)
+        snr = compute_snr(self.scheduler, times)
+        if self.kind == "v_prediction":
+            return snr.clamp(max=self.snr_gamma) / (snr + 1)
+        return (self.snr_gamma / snr).clamp(max=1)  # min(snr, gamma) / snr, also where snr is 0
 
 
 def draw(
-    batch: dict[str, Any], shape: torch.Size, seed: int, timesteps: int, noise_offset: float, device: torch.device
-):
-    """Per sample, from the sample's own generator: noise for the posterior, noise to predict, a time step."""
-    posterior, noise, steps = [], [], []
+    batch: dict[str, Any], shape: torch.Size, seed: int, objective: Objective, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per sample, from the sample's own generator: noise for the posterior, noise to predict, a time."""
+    drawn = []
     for number, purpose in batch["noise_key"]:
         rng = torch_rng(seed, number, purpose)
-        posterior.append(torch.randn(shape, generator=rng))
-        noise.append(torch.randn(shape, generator=rng) + noise_offset * torch.randn(shape[0], 1, 1, generator=rng))
-        steps.append(torch.randint(timesteps, (), generator=rng))
-    return tuple(torch.stack(part).to(device) for part in (posterior, noise, steps))
+        drawn.append((torch.randn(shape, generator=rng), objective.noise(shape, rng), objective.time(shape, rng)))
+    posterior, noise, times = (torch.stack(part).to(device) for part in zip(*drawn, strict=True))
+    return posterior, noise, times
 
 
-def target_of(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """What the UNet of this scheduler predicts.
-
-    Raises:
-        TrainingError: if it is neither noise nor velocity.
-    """
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        return scheduler.get_velocity(latents, noise, timesteps)
-    raise TrainingError(f"The scheduler's prediction_type is {kind!r}; this script trains epsilon and v_prediction.")
-
-
-def loss_of(
-    prediction: torch.Tensor, target: torch.Tensor, scheduler: Any, timesteps: torch.Tensor, snr_gamma: float | None
-) -> torch.Tensor:
-    """Mean squared error, weighted by min-SNR (arXiv 2303.09556) if `snr_gamma` is set."""
+def loss_of(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Mean over the samples of weight times mean squared error."""
     loss = mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-    if snr_gamma is not None:
-        snr = compute_snr(scheduler, timesteps)
-        if scheduler.config.prediction_type == "v_prediction":
-            weight = snr.clamp(max=snr_gamma) / (snr + 1)
-        else:  # min(snr, gamma) / snr, also where snr is 0
-            weight = (snr_gamma / snr).clamp(max=1)
-        loss = loss * weight
-    return loss.mean()
+    return (loss * weight).mean()
