@@ -48,7 +48,7 @@ from diffusers.utils.import_utils import is_xformers_available
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from examples.dreambooth import TrainingError, adapters, card, data, demo, evaluate, objective, optim
+from examples.dreambooth import TrainingError, adapters, card, data, demo, evaluate, init_adapter, objective, optim
 from examples.dreambooth.arguments import adapter_config, parse_args, public_settings, settings
 from examples.dreambooth.checkpoint import Checkpoints, is_write_error
 from examples.dreambooth.class_images import make_class_images
@@ -71,7 +71,7 @@ def main(args: Any) -> dict[str, Any]:
         project_config=ProjectConfiguration(project_dir=output, logging_dir=output / args.logging_dir),
         kwargs_handlers=[
             # SDXL's first text encoder ends before its last layer, and skipped layers have no gradient
-            DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder or args.module_dropout > 0)
+            DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder or args.module_dropout != 0)
         ],
     )
     device, say = accelerator.device, accelerator.print
@@ -86,7 +86,7 @@ def main(args: Any) -> dict[str, Any]:
             clean(folder)
             interrupts.take_back.append(functools.partial(clean, folder))
     checkpoints = Checkpoints(accelerator, output, vars(args), args.checkpoints_total_limit, args.overwrite_output_dir)
-    checkpoints.find(args.resume_from_checkpoint)  # before the slow parts, so that a mistake shows at once
+    resumed = checkpoints.find(args.resume_from_checkpoint)  # before the slow parts, so that a mistake shows at once
     repo = card.create(name, args.hub_token) if args.push_to_hub and accelerator.is_main_process else None
 
     # -- models --------------------------------------------------------------------------------------------------------
@@ -159,8 +159,12 @@ def main(args: Any) -> dict[str, Any]:
 
     # -- adapter -------------------------------------------------------------------------------------------------------
     set_seed(args.seed)  # the same start, whether or not class images were made just now
-    text_config = adapter_config(args, "text_encoder") if args.train_text_encoder else None
-    trained = adapters.add(pipe, adapter_config(args, family.denoiser), text_config)
+    if args.init_adapter:  # a checkpoint has the layers and factors that it has
+        source = str(resumed or args.init_adapter)
+        trained = init_adapter.begin(pipe, source, family.denoiser, vars(args), args.train_text_encoder, say)
+    else:
+        text_config = adapter_config(args, "text_encoder") if args.train_text_encoder else None
+        trained = adapters.add(pipe, adapter_config(args, family.denoiser), text_config)
     cast_training_params(list(trained.values()), dtype=torch.float32)
     if args.enable_xformers_memory_efficient_attention:
         if not is_xformers_available():

@@ -95,6 +95,44 @@ def test_accelerate_configs_load(name):
     assert config.num_processes == 2 and config.mixed_precision == "bf16"
 
 
+def test_flags_from_a_file(tmp_path):
+    """Written as people write YAML; the command line goes before it."""
+    (tmp_path / "c.yaml").write_text(
+        "learning_rate: 5e-4  # no number of YAML 1.1\nmixed_precision: no\ncache_latents: true\nrandom_flip: false\n"
+        "lora_dropout: 0.5\ntarget_modules: [to_q, to_k]\ninstance_prompt: '-- a sks dog'\nmax_train_steps:\nseed: 3\n"
+        "optimizer_args:\n- a=1\nuse_8bit_adam: off\n"
+    )
+    args = parse_args(["--config", str(tmp_path / "c.yaml"), *BASIC[:4], "--seed", "4"])
+    assert (args.learning_rate, args.mixed_precision, args.cache_latents, args.random_flip) == (5e-4, "no", True, False)
+    assert (args.adapter_dropout, args.target_modules, args.optimizer_args) == (0.5, ["to_q", "to_k"], ["a=1"])
+    assert (args.instance_prompt, args.max_train_steps, args.seed) == ("-- a sks dog", 500, 4)
+    assert "config" not in public_settings(args)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nlearning_rat: 1", r"c\.yaml, line 2: 'learning_rat' is no flag .*; is it 'learning_rate'\?"),
+        ("xyzzy: 1", r"line 1: 'xyzzy' is no flag of this script; expected flags as in --help"),
+        ("config: d.yaml", r"line 1: 'config' is no flag"),
+        ("seed: 1\nseed: 2", r"line 2: 'seed' is there twice"),
+        ("lora_dropout: 0.1\nadapter_dropout: 0.1", r"line 2: 'adapter_dropout' is there twice"),
+        ("cache_latents: 3", r"line 1: 'cache_latents' is '3': expected true or false"),
+        ("seed: [1, 2]", r"line 1: 'seed' has several values: expected one"),
+        ("rank: many", r"--config .*c\.yaml: argument --rank: invalid positive_int value: 'many'"),
+        ("- seed", r"expected lines of `name: value`"),
+        ("a: b: c", r"c\.yaml is not YAML: mapping values are not allowed here.*line 1"),
+        (None, r"c\.yaml cannot be read \(.*No such file.*\): expected a YAML file"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_file_of_flags(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(TrainingError) as caught:
+        parse_args(["--config", str(tmp_path / "c.yaml"), *BASIC])
+    assert re.search(message, str(caught.value)) and "\n" not in str(caught.value), caught.value
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "expected"),
     [

@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from peft_krona import KronAConfig
 from peft_krona.errors import KronAError
 
 from . import TrainingError
+from .config_file import read_config
 
 SCHEDULES = (
     "linear",
@@ -37,9 +39,9 @@ SECRETS = ("hub_token",)
 # of this machine: nobody else's business, so neither in the adapter's file nor on its card
 LOCAL = (
     "output_dir", "overwrite_output_dir", "instance_data_dir", "class_data_dir", "logging_dir", "cache_dir",
-    "local_rank", "demo", "validation_prompt", "resume_from_checkpoint",
+    "local_rank", "demo", "validation_prompt", "resume_from_checkpoint", "config",
 )  # fmt: skip
-PATHS_OR_IDS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name")
+PATHS_OR_IDS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name", "init_adapter")
 AT_LEAST_0 = (
     "max_grad_norm", "prior_loss_weight", "lr_warmup_steps", "learning_rate", "learning_rate_a", "learning_rate_b",
     "text_encoder_lr", "adam_weight_decay", "adam_weight_decay_text_encoder", "adam_epsilon",
@@ -47,6 +49,10 @@ AT_LEAST_0 = (
 )  # fmt: skip
 ABOVE_0 = ("snr_gamma", "alpha")
 KRONA_FLAGS = ("krona_a_out", "krona_a_in", "strict_factors", "scaling", "init_weights", "layout")
+DECIDED_BY_THE_FILE = (
+    "krona_a_out", "krona_a_in", "rank", "layout", "alpha", "scaling", "target_modules", "text_encoder_target_modules",
+    "adapter_dropout", "module_dropout", "init_weights", "strict_factors",
+)  # fmt: skip
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": r"to_out\.0"}
@@ -78,6 +84,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SUBJECT",
         help="Train on a shipped subject and the shipped pipeline (what no arguments do); "
         "other flags override its settings.",
+    )
+
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with flags, `name: value` per line; those given here go before it."
     )
 
     group = parser.add_argument_group("model")
@@ -130,6 +140,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("adapter")
     group.add_argument("--adapter_type", choices=tuple(LEARNING_RATES), default="krona", help="What is trained.")
+    group.add_argument(
+        "--init_adapter",
+        metavar="FILE_OR_FOLDER",
+        help="Start from this adapter: KronA, LoKr, LoRA or released DiffuseKronA, a file, folder or Hub id. Targets, "
+        "factors and scale are its own.",
+    )
     group.add_argument(
         "--target_modules",
         nargs="+",
@@ -277,16 +293,50 @@ def parse_args(argv: Sequence[str] | None, demo_settings: Any = None) -> argpars
         TrainingError: if flags are missing or contradict each other.
     """
     parser = build_parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
+    if args.config:
+        argv = [*read_config(args.config, parser), *argv]  # the last one counts
+        args = parser.parse_args(argv)
     if args.demo is not None:
         parser.set_defaults(**demo_settings(args.demo))
         args = parser.parse_args(argv)
+    if args.init_adapter:
+        left_to_the_file(args, given(parser, argv))
     check(args)
     if int(os.environ.get("LOCAL_RANK", 0)) <= 0:
         for note in without_effect(args, parser):
             print(f"warning: {note}")
     complete(args)
     return args
+
+
+def given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
+    """Names of the flags that are there, whatever their values."""
+    nothing = object()
+    args = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), nothing))
+    return {name for name, value in vars(parser.parse_args(argv, args)).items() if value is not nothing}
+
+
+def left_to_the_file(args: argparse.Namespace, given: set[str]) -> None:
+    """--init_adapter: None for all that it decides, unless that was asked for, too.
+
+    Raises:
+        TrainingError: names a flag that can have no part in it.
+    """
+    reasons = {
+        "init_weights": "the weights start as the file's",
+        "adapter_type": "every file is read as KronA, also LoRA and LoKr",
+        **dict.fromkeys(
+            (f"krona_unet_{p}_{a}" for p in PROJECTIONS for a in ("a_out", "a_in")), "its layers have their own factors"
+        ),
+    }
+    for name, why in reasons.items():
+        if name in given and not (name == "adapter_type" and args.adapter_type == "krona"):
+            raise TrainingError(f"--{name} {getattr(args, name)} contradicts --init_adapter: {why}. Drop one of them.")
+    for name in DECIDED_BY_THE_FILE:
+        if name not in given:
+            setattr(args, name, None)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -390,9 +440,9 @@ def complete(args: argparse.Namespace) -> None:
         args.learning_rate = 1.0 if prodigy else LEARNING_RATES[args.adapter_type]
     if args.text_encoder_lr is None:
         args.text_encoder_lr = args.learning_rate if prodigy else args.learning_rate / 20
-    if args.rank is None:
+    if args.rank is None and not args.init_adapter:
         args.rank = 1 if args.adapter_type == "krona" else 4
-    if args.alpha is None:
+    if args.alpha is None and not args.init_adapter:
         args.alpha = 1.0 if args.adapter_type == "krona" else float(args.rank)
     if args.adam_weight_decay_text_encoder is None:
         args.adam_weight_decay_text_encoder = args.adam_weight_decay
