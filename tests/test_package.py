@@ -22,7 +22,7 @@ LAYERS = [
     {"ops", "config", "targets", "rollback"},
     {"layers", "convert"},  # convert reads and writes files without the model half
     {"adapter_names"},
-    {"merge", "combine", "share", "state_dict", "_diffusers"},
+    {"merge", "combine", "param_groups", "share", "state_dict", "_diffusers"},
     {"hotswap"},
     {"model"},
     {"peft_krona"},  # __init__
@@ -142,7 +142,7 @@ print("fine")
 
 def test_public_names():
     assert set(peft_krona.__all__) == {
-        *("KronAConfig", "KronALayer", "KronAModel", "kron_linear", "merged"),
+        *("KronAConfig", "KronALayer", "KronAModel", "kron_linear", "krona_param_groups", "merged"),
         *("add_krona", "load_krona_weights", "save_krona_weights"),
     }
     assert all(getattr(peft_krona, name).__doc__ for name in peft_krona.__all__)

@@ -106,6 +106,13 @@ def test_what_is_added_to_the_card_of_a_saved_folder():
     assert "self.create_or_update_model_card(save_directory)" in inspect.getsource(peft.PeftModel.save_pretrained)
 
 
+def test_what_the_optimizer_of_loraplus_calls():
+    from peft.optimizers import loraplus
+
+    assert loraplus.get_parameter_names._before_peft_krona.__name__ == "get_parameter_names"
+    assert "get_parameter_names(model, " in inspect.getsource(loraplus.create_loraplus_optimizer)
+
+
 def test_what_hotswapping_is_given():
     from peft.utils import hotswap
 

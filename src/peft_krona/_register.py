@@ -137,6 +137,25 @@ def add_to_model_card(config_cls: type) -> None:
     PeftModel.create_or_update_model_card = create_or_update_model_card
 
 
+def add_to_loraplus(warn: Callable[[Any], None]) -> None:
+    """Let PEFT's `create_loraplus_optimizer` call `warn(model)` first.
+
+    What is replaced is a function that it calls: scripts hold its own name from before this package is imported.
+    """
+    from peft.optimizers import loraplus
+
+    original = loraplus.get_parameter_names
+    original = getattr(original, "_before_peft_krona", original)
+
+    @wraps(original)
+    def get_parameter_names(model, *args, **kwargs):
+        warn(model)
+        return original(model, *args, **kwargs)
+
+    get_parameter_names._before_peft_krona = original
+    loraplus.get_parameter_names = get_parameter_names
+
+
 def _register_with_mixed_models(config_cls: type, model_cls: type, layer_cls: type) -> None:
     import peft.mixed_model
     import peft.tuners.mixed
