@@ -16,7 +16,7 @@ from peft_krona.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [DOCS / "index.md", DOCS / "settings.md", *sorted((DOCS / "how_to").glob("*.md"))]
+PAGES = [DOCS / "index.md", DOCS / "from_lora.md", DOCS / "settings.md", *sorted((DOCS / "how_to").glob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -33,9 +33,52 @@ def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     """All blocks of the page in turn, as one program."""
     if "load_in_4bit" in page.read_text(encoding="utf-8") and not torch.cuda.is_available():
         pytest.skip("diffusers loads 4-bit models on a GPU only")
+    if "from trl import" in page.read_text(encoding="utf-8") and find_spec("trl") is None:
+        pytest.skip("needs trl: pip install trl")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), {"__name__": "__main__"})
+
+
+DIFFS = [d for d in blocks(DOCS / "from_lora.md", "diff") if "\n...\n" not in d]
+
+
+@pytest.mark.parametrize("side", ["-", "+"], ids=["LoRA", "KronA"])
+@pytest.mark.parametrize("diff", DIFFS, ids=["script", "program"])
+def test_both_sides_of_a_diff_run(diff, side, tmp_path, monkeypatch):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    lines = diff.splitlines()
+    assert {line[:1] for line in lines} == {" ", "-", "+"}, "a line of a diff starts with a space, - or +"
+    code = "\n".join(line[1:] for line in lines if line[0] in (" ", side))
+    assert ("LoraConfig(" in code) == (side == "-") and ("KronAConfig(" in code) == (side == "+")
+    exec(compile(code, "from_lora.md", "exec"), {"__name__": "__main__"})
+    assert list(tmp_path.glob("output/*/*.safetensors"))
+
+
+def test_the_counts_of_from_lora_are_the_models_():
+    """The page is what the script writes; the script counts what PEFT does."""
+    from peft import LoKrConfig, LoraConfig, get_peft_model
+
+    from docs import counts
+    from peft_krona import KronAConfig
+
+    page = counts.PAGE.read_text(encoding="utf-8")
+    assert counts.in_page(page) == page, "run: python docs/counts.py"
+    assert [counts.krona("SDXL", 64, 4), counts.lora("SDXL", 4)] == [3_874_560, 5_806_080]  # DiffuseKronA's
+    for models, rows in ((counts.NARROW_MODELS, counts.NARROW), (counts.WIDE_MODELS, counts.WIDE)):
+        for name in models:
+            assert all(counts.krona(name, *setting) < counts.lora(name, rank) for rank, setting in rows.items())
+    for name in ("SD1.5", "klein 4B"):
+        targets = counts.default_target_modules(counts.build(name))
+        for config, wanted in (
+            (KronAConfig(a_out=8, a_in=8), counts.krona(name, 8, 8)),
+            (LoraConfig(r=8, target_modules=targets), counts.lora(name, 8)),
+            (LoKrConfig(r=16, decompose_factor=-1, target_modules=targets), counts.lokr(name, -1, 16)),
+        ):
+            model = get_peft_model(counts.build(name), config, low_cpu_mem_usage=True)
+            assert sum(p.numel() for p in model.parameters() if p.requires_grad) == wanted, (name, config)
+            model.unload()
 
 
 def test_commands_run(tmp_path, monkeypatch):

@@ -118,6 +118,20 @@ def test_other_configs_are_refused_by_type(value, words, tmp_path):
         assert not hasattr(pipe.unet, "peft_config") and not hasattr(pipe.text_encoder, "peft_config")
 
 
+def test_an_argument_that_nobody_reads_is_refused(tmp_path):
+    pipe = tiny.sd_pipeline()
+    peft_krona.add_krona(pipe, KronAConfig(a_out=4, a_in=2))
+    peft_krona.save_krona_weights(pipe, tmp_path)
+    pipe = tiny.sd_pipeline()
+    with pytest.raises(
+        ConfigTypeError, match=r"argument 'is_trainable'.*can be trained without any"
+    ):
+        peft_krona.load_krona_weights(pipe, tmp_path, is_trainable=True)
+    pipe.unet.requires_grad_(False)
+    peft_krona.load_krona_weights(pipe, tmp_path, local_files_only=True)
+    assert {n.split(".")[-2] for n, p in pipe.unet.named_parameters() if p.requires_grad} == {"krona_A", "krona_B"}
+
+
 # -- r -----------------------------------------------------------------------------------------------------------------
 
 

@@ -67,6 +67,16 @@ WRITTEN = {
     "bitsandbytes 0.50.2": (">=3.10", ["torch<3,>=2.4", "numpy>=1.17"]),
     "prodigyopt 1.1.2": (">=3.6", []),
     "schedulefree 1.4.1": (">=3.4", ["torch"]),
+    "trl 1.16.0": (
+        ">=3.11",
+        [
+            "accelerate>=1.10.1",
+            "datasets>=4.7.0",
+            "huggingface_hub>=0.34.0",
+            "numpy>=1.26.0",
+            "transformers>=4.56.2",
+        ],
+    ),
     "mkdocs-material 9.8.2": (">=3.11", []),
     "mkdocstrings 1.0.8": (">=3.11", []),
     "mkdocstrings-python 2.0.11": (">=3.11", ["mkdocstrings>=1.0.8"]),

@@ -33,8 +33,8 @@ Use `{{ prompt }}` in the prompt.
 {{ usage }}
 ```
 {% if needs_import %}
-The import of `peft_krona` is needed in every program that loads it, with PEFT's own functions too; without, PEFT ends in
-`KeyError: 'KRONA'`.
+The import of `peft_krona` is needed in every program that loads it, with PEFT's own functions too; without, PEFT ends
+in `KeyError: 'KRONA'`.
 {% endif %}
 ## Files
 

@@ -11,6 +11,7 @@ like. On disk an adapter is one PEFT folder per model, in a subfolder named afte
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import cast_adapter_dtype, check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -31,7 +33,7 @@ from ._compat import HOTSWAP_SETTINGS
 from .adapter_names import check_adapter_name
 from .config import PEFT_PREFIX, KronAConfig, check_is_config
 from .convert import read_adapter, shapes_of_models
-from .errors import ConfigError, FormatError
+from .errors import ConfigError, ConfigTypeError, FormatError
 from .hotswap import plan_swap
 from .layers import KronALayer
 from .rollback import undone_on_error
@@ -179,10 +181,16 @@ def load_krona_weights(
     Raises:
         FormatError: names the file, layer or component and the reason. The pipeline is then as it was before.
         ConfigError: if an adapter of that name exists already, or the name is not allowed (empty, or with a dot).
-        ConfigTypeError: if `config` is of another type.
+        ConfigTypeError: if `config` is of another type, or there is no such argument.
     """
     if config is not None:
         check_is_config(config, "config", " or None")
+    for name in hub:  # a local folder would pass them by without a word
+        if name not in inspect.signature(snapshot_download).parameters:
+            raise ConfigTypeError(
+                f"load_krona_weights got an unexpected keyword argument {name!r}: expected one of its own, or of "
+                "huggingface_hub's snapshot_download. (What it has loaded can be trained without any.)"
+            )
     path = find(os.fspath(source), weight_name, subfolder, revision=revision, token=token, **hub)
     models = models_of(pipe)
     components = read_own(path, models, config)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' `Trainer` and TRL's `SFTTrainer` with KronA on a tiny Llama: train, save, resume, best model, merge."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from peft_krona import KronAConfig, KronALayer
+
+STEPS = 4
+
+
+def base_model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def config(**fields):
+    return KronAConfig(a_out=4, a_in=2, task_type="CAUSAL_LM", **fields)
+
+
+def data(n=8):
+    rows = torch.randint(3, 32, (n, 6), generator=torch.Generator().manual_seed(1)).tolist()
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def arguments(folder, cls=TrainingArguments, **fields):
+    return cls(
+        output_dir=str(folder), use_cpu=True, max_steps=STEPS, per_device_train_batch_size=2, learning_rate=0.05,
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, report_to=[], disable_tqdm=True,
+        dataloader_pin_memory=False, bf16=False, seed=3, **fields,
+    )  # fmt: skip
+
+
+def factors(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "krona_" in n and "default" in n}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys() and a
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def trained_with_trainer(folder, resume=None, **fields):
+    model = get_peft_model(base_model(), config())
+    trainer = Trainer(model, arguments(folder, **fields), train_dataset=data(), eval_dataset=data(2))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def trained_with_sft(folder, resume=None, **fields):
+    pytest.importorskip("trl", reason="needs trl: pip install trl")
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    trainer = SFTTrainer(
+        base_model(), arguments(folder, SFTConfig, **fields), processing_class=tokenizer(), peft_config=config(),
+        train_dataset=Dataset.from_list(data()), eval_dataset=Dataset.from_list(data(2)),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(29))]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("train", [trained_with_trainer, trained_with_sft], ids=["Trainer", "SFTTrainer"])
+def test_from_training_to_a_merged_model(train, tmp_path, float64):
+    trainer = train(tmp_path / "run")
+    model = trainer.model
+    assert isinstance(model, PeftModel)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == set(factors(model)) and trainable
+    start = factors(get_peft_model(base_model(), config()))
+    assert all(not torch.equal(factors(model)[name], start[name]) for name in start if "krona_B" in name)
+
+    # resumed in the middle: bit for bit the run that was not stopped
+    again = train(tmp_path / "resumed", resume=str(tmp_path / "run" / "checkpoint-2"))
+    assert again.state.global_step == STEPS
+    assert_equal(factors(again.model), factors(model))
+
+    # saved: the adapter alone, and loaded again
+    trainer.save_model(str(tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["peft_type"] == "KRONA"
+    assert (tmp_path / "saved" / "adapter_model.safetensors").stat().st_size < 20_000
+    assert "import peft_krona" in (tmp_path / "saved" / "README.md").read_text()
+    ids = torch.tensor([[3, 4, 5]])
+    model.eval()
+    loaded = PeftModel.from_pretrained(base_model(), str(tmp_path / "saved"))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+    # generates, and does so after it was merged
+    words = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    logits = model(ids).logits
+    assert words.shape[1] > 3 and not torch.equal(base_model()(ids).logits, logits)
+    merged = loaded.merge_and_unload()
+    assert type(merged) is LlamaForCausalLM and not any(isinstance(m, KronALayer) for m in merged.modules())
+    torch.testing.assert_close(merged(ids).logits, logits)
+    assert torch.equal(merged.generate(input_ids=ids, max_new_tokens=5, do_sample=False), words)
+
+
+@pytest.mark.parametrize("train", [trained_with_trainer, trained_with_sft], ids=["Trainer", "SFTTrainer"])
+@pytest.mark.parametrize("greatest", [True, False])
+def test_the_best_model_is_loaded_at_the_end(train, greatest, tmp_path):
+    trainer = train(
+        tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=greatest
+    )
+    losses = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+    best = (max if greatest else min)(losses, key=losses.get)
+    assert losses[2] != losses[STEPS] and trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    kept = PeftModel.from_pretrained(base_model(), str(tmp_path / f"checkpoint-{best}"))
+    assert_equal(factors(trainer.model), factors(kept))
+    other = PeftModel.from_pretrained(base_model(), str(tmp_path / f"checkpoint-{2 if best == STEPS else STEPS}"))
+    assert any(not torch.equal(a, b) for a, b in zip(factors(other).values(), factors(kept).values(), strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_adapter_of_transformers_own(checkpointing, tmp_path):
+    """`model.add_adapter`, without a PeftModel: the Trainer saves the adapter alone."""
+    model = base_model()
+    model.add_adapter(config())
+    trainer = Trainer(
+        model, arguments(tmp_path, gradient_checkpointing=checkpointing), train_dataset=data(), eval_dataset=data(2)
+    )
+    trainer.train()
+    assert_equal(factors(trainer.model), factors(model))
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = base_model()
+    loaded.load_adapter(str(tmp_path / "saved"))
+    assert_equal(factors(loaded), factors(model))
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
