@@ -4,6 +4,7 @@
 import copy
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,12 @@ def pipeline_load_lora_weights(known, tmp_path):
     assert pipe.get_list_adapters() == {"unet": ["default_0"]}
     with pytest.raises(OSError, match=r"no file named none.safetensors"):  # diffusers' own message
         pipe.load_lora_weights(known["folder"], weight_name="none.safetensors")
+    for name in ("a.safetensors", "b.safetensors"):  # which of them is meant?
+        shutil.copy(known["file"] / "pytorch_lora_weights.safetensors", tmp_path / name)
+    with pytest.raises(FormatError, match=r"several files of KronA .*'a.safetensors', 'b.safetensors'.* weight_name="):
+        pipe.load_lora_weights(tmp_path)
+    with pytest.raises(FormatError, match=r"several files of KronA"):
+        pipe.unet.load_lora_adapter(tmp_path, prefix="unet")
 
 
 def pipeline_save_lora_weights(known, tmp_path):

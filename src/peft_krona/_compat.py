@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import unwrap_if_dead as _unwrap_if_dead
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _every
 
@@ -34,11 +35,11 @@ def apply_node(node: type[torch.autograd.Function], *arguments: Any) -> Any:
     What `apply` does besides takes as long as two small ops: it looks through the arguments for tensors that a
     transform has left behind. Here only x can be one: `unwrap_if_dead(x)`.
     """
-    return super(torch.autograd.Function, node).apply(*arguments)
+    return super(torch.autograd.Function, node).apply(*arguments)  # type: ignore[misc]  # of the C base: no types
 
 
 # (tensor) -> tensor: what a tensor that outlived its transform of torch.func holds; any other tensor as it is.
-unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+unwrap_if_dead = _unwrap_if_dead
 
 
 def forward_mode_active() -> bool:

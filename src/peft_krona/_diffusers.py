@@ -45,7 +45,8 @@ def register() -> None:
 
 def unregister() -> None:
     """Put everything of diffusers back as it was."""
-    for finder in [finder for finder in sys.meta_path if type(finder).__qualname__ == _Finder.__qualname__]:
+    ours: list[Any] = [finder for finder in sys.meta_path if type(finder).__qualname__ == _Finder.__qualname__]
+    for finder in ours:  # also of this module before a reload
         sys.meta_path.remove(finder)
         while finder.undo:
             finder.undo.pop()()
@@ -116,7 +117,7 @@ def _patch_state_dict_utils(module: ModuleType) -> None:
     _extend_in_place(module.convert_state_dict_to_kohya, _no_kohya)
 
 
-def _extend_in_place(function: FunctionType, ours: Callable[[dict], dict]) -> None:
+def _extend_in_place(function: Any, ours: Callable[[dict], dict]) -> None:
     """Let `function` return ours(state_dict) for a KronA state dict, for everyone who holds it already."""
     original = FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
@@ -215,8 +216,8 @@ def _reading(original: Callable) -> Callable:
         from . import sources
 
         path = sources.find(os.fspath(source), kwargs.get("weight_name"), kwargs.get("subfolder"))
-        own = sources.read_own(path, cls._lora_loadable_modules, needs_settings=False)
-        own = {f"{name}.{key}": t for name, (_, part) in own.items() for key, t in part.items()}
+        components = sources.read_krona(path, cls._lora_loadable_modules, needs_settings=False)
+        own = {f"{name}.{key}": t for name, (_, part) in components.items() for key, t in part.items()}
         return original(cls, own, **{k: v for k, v in kwargs.items() if k not in ("weight_name", "subfolder")})
 
     return lora_state_dict
@@ -332,7 +333,7 @@ def _load_pipeline(
         components, where = sources.from_state_dict(source, models, kwargs.get("metadata")), "The state dict"
     else:
         path = sources.find(os.fspath(source), weight_name, subfolder)
-        components, where = sources.read_own(path, models), str(path)
+        components, where = sources.read_krona(path, models), str(path)
     pipelines.load_components(pipe, components, adapter_name, hotswap=hotswap, where=where)
 
 
@@ -360,8 +361,8 @@ def _load_model(
         components = sources.from_state_dict(own, names, metadata, where=where)
     else:
         path = sources.find(os.fspath(source), weight_name, subfolder)
-        components, where = sources.read_own(path, names), str(path)
-    name = prefix if prefix in components else next(iter(components))
+        components, where = sources.read_krona(path, names), str(path)
+    name = prefix if prefix is not None and prefix in components else next(iter(components))
     if len(components) > 1 and name != prefix:
         raise FormatError(f"{where} has weights for {sorted(components)}; pass prefix= with one of these names.")
     config, state_dict = components[name]
@@ -471,7 +472,9 @@ def check_unmerging(model: nn.Module | None) -> None:
     Raises:
         UnsupportedLayerError: names the first of them.
     """
-    for name, layer in _krona_layers(model).items() if isinstance(model, nn.Module) else ():
+    if not isinstance(model, nn.Module):
+        return
+    for name, layer in _krona_layers(model).items():
         parent, _, last = name.rpartition(".")
         attention = model.get_submodule(parent)
         if layer.merged and has_fused_projections(attention) and is_left_out_by_fusing(attention, last):
@@ -505,7 +508,7 @@ def _copying(original: Callable) -> Callable:
 @contextmanager
 def _without_adapters(models: list[nn.Module], where: str) -> Iterator[None]:
     """The models with base layers in the places of adapted ones, whose weights have other names."""
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    replaced: list[tuple[nn.Module, str, KronALayer]] = []
     left: set[str] = set()
     for model in models:
         for parent in list(model.modules()):

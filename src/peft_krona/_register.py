@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from typing import Any, Union
 
 from huggingface_hub import ModelCard
@@ -48,17 +49,16 @@ def add_enum_member() -> None:
                 "under that name. Use PEFT's, or install a version of peft_krona made for it."
             )
         return
-    member = str.__new__(PeftType, NAME)
-    member._name_, member._value_ = NAME, NAME
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType._member_names_)
-    member._added_by_peft_krona = True
+    added: Any = str.__new__(PeftType, NAME)
+    added._name_, added._value_ = NAME, NAME
+    added.__objclass__ = PeftType
+    added._sort_order_ = len(PeftType._member_names_)
+    added._added_by_peft_krona = True
     PeftType._member_names_.append(NAME)
-    PeftType._member_map_[NAME] = member
-    PeftType._value2member_map_[NAME] = member
-    if hasattr(PeftType, "_hashable_values_"):  # Python >= 3.12
-        PeftType._hashable_values_.append(NAME)
-    type.__setattr__(PeftType, NAME, member)  # EnumType forbids it to everyone else
+    PeftType._member_map_[NAME] = added
+    PeftType._value2member_map_[NAME] = added
+    getattr(PeftType, "_hashable_values_", []).append(NAME)  # Python >= 3.12
+    type.__setattr__(PeftType, NAME, added)  # EnumType forbids it to everyone else
 
 
 def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
@@ -69,16 +69,16 @@ def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
     """
     import peft.mapping as mapping
 
-    registered = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.KRONA)
+    registered = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME])
     if registered is not None:
         if registered.__module__.partition(".")[0] != __name__.partition(".")[0]:
             raise RegistrationError(
                 f"PEFT's type {NAME} is taken by {registered.__module__}.{registered.__qualname__}."
             )
         # A reload of this package: point PEFT at the new classes.
-        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.KRONA] = config_cls
-        mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.KRONA] = model_cls
-        mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType.KRONA] = model_cls
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[NAME]] = config_cls
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType[NAME]] = model_cls
+        mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType[NAME]] = model_cls
     else:
         try:
             register_peft_method(
@@ -94,23 +94,17 @@ def add_to_print(line: Callable[[Any], str | None]) -> None:
     from peft.mixed_model import PeftMixedModel
     from peft.peft_model import PeftModel
 
+    def printing(original: Callable) -> Callable:
+        def print_trainable_parameters(self):
+            original(self)
+            text = line(self)
+            if text is not None:
+                print(text)
+
+        return print_trainable_parameters
+
     for cls in (PeftModel, PeftMixedModel):
-        _add_to_print(cls, line)
-
-
-def _add_to_print(cls: type, line: Callable[[Any], str | None]) -> None:
-    original = cls.print_trainable_parameters
-    original = getattr(original, "_before_peft_krona", original)
-
-    @wraps(original)
-    def print_trainable_parameters(self):
-        original(self)
-        text = line(self)
-        if text is not None:
-            print(text)
-
-    print_trainable_parameters._before_peft_krona = original
-    cls.print_trainable_parameters = print_trainable_parameters
+        _replace(cls, "print_trainable_parameters", printing)
 
 
 def add_to_model_card(config_cls: type) -> None:
@@ -120,21 +114,19 @@ def add_to_model_card(config_cls: type) -> None:
     """
     from peft.peft_model import PeftModel
 
-    original = PeftModel.create_or_update_model_card
-    original = getattr(original, "_before_peft_krona", original)
+    def writing(original: Callable) -> Callable:
+        def create_or_update_model_card(self, output_dir):
+            original(self, output_dir)
+            if any(isinstance(config, config_cls) for config in self.peft_config.values()):
+                path = os.path.join(output_dir, "README.md")
+                card = ModelCard.load(path)
+                if "import peft_krona" not in card.text:
+                    card.text = f"{card.text.rstrip()}\n{CARD}"
+                    card.save(path)
 
-    @wraps(original)
-    def create_or_update_model_card(self, output_dir):
-        original(self, output_dir)
-        if any(isinstance(config, config_cls) for config in self.peft_config.values()):
-            path = os.path.join(output_dir, "README.md")
-            card = ModelCard.load(path)
-            if "import peft_krona" not in card.text:
-                card.text = f"{card.text.rstrip()}\n{CARD}"
-                card.save(path)
+        return create_or_update_model_card
 
-    create_or_update_model_card._before_peft_krona = original
-    PeftModel.create_or_update_model_card = create_or_update_model_card
+    _replace(PeftModel, "create_or_update_model_card", writing)
 
 
 def add_to_loraplus(warn: Callable[[Any], None]) -> None:
@@ -144,43 +136,48 @@ def add_to_loraplus(warn: Callable[[Any], None]) -> None:
     """
     from peft.optimizers import loraplus
 
-    original = loraplus.get_parameter_names
-    original = getattr(original, "_before_peft_krona", original)
+    def warning(original: Callable) -> Callable:
+        def get_parameter_names(model, *args, **kwargs):
+            warn(model)
+            return original(model, *args, **kwargs)
 
-    @wraps(original)
-    def get_parameter_names(model, *args, **kwargs):
-        warn(model)
-        return original(model, *args, **kwargs)
+        return get_parameter_names
 
-    get_parameter_names._before_peft_krona = original
-    loraplus.get_parameter_names = get_parameter_names
+    _replace(loraplus, "get_parameter_names", warning)
 
 
-def _register_with_mixed_models(config_cls: type, model_cls: type, layer_cls: type) -> None:
-    import peft.mixed_model
-    import peft.tuners.mixed
-    from peft.tuners.mixed import model as mixed
+def _register_with_mixed_models(config_cls: type, model_cls: Any, layer_cls: type) -> None:
+    tuners, models = import_module("peft.tuners.mixed"), import_module("peft.mixed_model")
+    mixed: Any = import_module("peft.tuners.mixed.model")
 
-    if PeftType.KRONA not in mixed.COMPATIBLE_TUNER_TYPES:
-        mixed.COMPATIBLE_TUNER_TYPES += (PeftType.KRONA,)
+    if PeftType[NAME] not in mixed.COMPATIBLE_TUNER_TYPES:
+        mixed.COMPATIBLE_TUNER_TYPES += (PeftType[NAME],)
         mixed.PREFIXES.append(PREFIX)
-    for module in (peft.tuners.mixed, peft.mixed_model):  # both hold the tuple under the same name
-        module.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES
+    for module in (tuners, models):  # both hold the tuple under the same name
+        module.__dict__["COMPATIBLE_TUNER_TYPES"] = mixed.COMPATIBLE_TUNER_TYPES
     mixed.PREFIXES[:] = dict.fromkeys(mixed.PREFIXES)
     mixed.Configs = Union[mixed.Configs, config_cls]  # noqa: UP007  (PEFT reads __args__ of the Union)
     mixed.Layers = (*mixed.Layers, layer_cls)
 
-    original = mixed.MixedModel._create_and_replace
+    def creating(original: Callable) -> Callable:
+        def _create_and_replace(self, config, *args, **kwargs):
+            if isinstance(config, config_cls):
+                model_cls._create_and_replace(self, config, *args, **kwargs)
+            else:
+                original(self, config, *args, **kwargs)
+
+        return _create_and_replace
+
+    _replace(mixed.MixedModel, "_create_and_replace", creating)
+
+
+def _replace(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+    """Put make(original) in the place of a function or method of PEFT, and of one that was put there before."""
+    original = getattr(owner, name)
     original = getattr(original, "_before_peft_krona", original)
-
-    def _create_and_replace(self, config, *args, **kwargs):
-        if isinstance(config, config_cls):
-            model_cls._create_and_replace(self, config, *args, **kwargs)
-        else:
-            original(self, config, *args, **kwargs)
-
-    _create_and_replace._before_peft_krona = original
-    mixed.MixedModel._create_and_replace = _create_and_replace
+    wrapper: Any = wraps(original)(make(original))
+    wrapper._before_peft_krona = original
+    setattr(owner, name, wrapper)
 
 
 def register_hotswap(
@@ -197,31 +194,23 @@ def register_hotswap(
     """
     from peft.utils import hotswap
 
-    hotswap.CONFIG_KEYS_TO_CHECK[PeftType.KRONA] = ["layout"]
-    swap_lora, pad_lora, lora_scalings = (
-        getattr(getattr(hotswap, name), "_before_peft_krona", getattr(hotswap, name))
-        for name in ("hotswap_adapter_from_state_dict", "_pad_lora_weights", "_convert_scalings_to_tensor")
-    )
+    hotswap.CONFIG_KEYS_TO_CHECK[PeftType[NAME]] = ["layout"]
 
-    @wraps(swap_lora)
-    def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config, *args, **kwargs):
-        if isinstance(config, config_cls):
-            swap(model, config, state_dict, adapter_name)
-        else:
-            swap_lora(model, state_dict, adapter_name, config, *args, **kwargs)
+    def swapping(original: Callable) -> Callable:
+        def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config, *args, **kwargs):
+            if isinstance(config, config_cls):
+                swap(model, config, state_dict, adapter_name)
+            else:
+                original(model, state_dict, adapter_name, config, *args, **kwargs)
 
-    @wraps(pad_lora)
-    def _pad_lora_weights(model, target_rank):
-        return pad(model, target_rank) | pad_lora(model, target_rank)
+        return hotswap_adapter_from_state_dict
 
-    @wraps(lora_scalings)
-    def _convert_scalings_to_tensor(model):
-        return make_scalings_tensors(model) | lora_scalings(model)
+    def padding(original: Callable) -> Callable:
+        return lambda model, target_rank: pad(model, target_rank) | original(model, target_rank)
 
-    for original, wrapper in (
-        (swap_lora, hotswap_adapter_from_state_dict),
-        (pad_lora, _pad_lora_weights),
-        (lora_scalings, _convert_scalings_to_tensor),
-    ):
-        wrapper._before_peft_krona = original
-        setattr(hotswap, original.__name__, wrapper)
+    def converting(original: Callable) -> Callable:
+        return lambda model: make_scalings_tensors(model) | original(model)
+
+    _replace(hotswap, "hotswap_adapter_from_state_dict", swapping)
+    _replace(hotswap, "_pad_lora_weights", padding)
+    _replace(hotswap, "_convert_scalings_to_tensor", converting)

@@ -51,6 +51,6 @@ def _keys(module: nn.Module, prefix: str = "") -> Iterator[str]:
     for name, child in module.named_children():
         inner = child
         while isinstance(inner, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            inner = inner.base_layer if isinstance(inner, BaseTunerLayer) else inner.original_module
+            inner = inner.get_submodule("base_layer" if isinstance(inner, BaseTunerLayer) else "original_module")
         yield prefix + name
         yield from _keys(inner, f"{prefix}{name}.")

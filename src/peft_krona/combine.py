@@ -11,6 +11,7 @@ import logging
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import reduce
 from math import isfinite
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from .adapter_names import check_adapter_name
+from .config import KronAConfig
 from .errors import ConfigError
 from .factors import Layout
 from .layers import KronALayer
@@ -54,7 +56,8 @@ def combine_adapters(
         name: [(a, w) for a, w in zip(adapters, weights, strict=True) if a in m.krona_A] for name, m in layers.items()
     }
     parts = {name: present for name, present in parts.items() if present}
-    layouts = sorted({model.peft_config[a].layout for a in adapters}, reverse=True)  # "kron" first
+    configs = {a: config for a, config in model.peft_config.items() if isinstance(config, KronAConfig)}
+    layouts: list[Layout] = sorted({configs[a].layout for a in adapters}, reverse=True)  # "kron" first
     with torch.no_grad():
         choices = [
             (layout, {name: _combined(layers[name], present, layout, r) for name, present in parts.items()})
@@ -66,7 +69,7 @@ def combine_adapters(
     shapes = {name: tuple(c.A.shape) for name, c in combined.items()}
     r, a_out, a_in = Counter(shapes.values()).most_common(1)[0][0]
     config = replace(
-        model.peft_config[adapters[0]],
+        configs[adapters[0]],
         target_modules="|".join(re.escape(name) for name in sorted(parts)),  # a regex has to match a whole name
         exclude_modules=None,
         layers_to_transform=None,
@@ -82,7 +85,9 @@ def combine_adapters(
         strict_factors=True,
         rank_pattern={_exactly(name): shape[0] for name, shape in shapes.items() if shape[0] != r},
         alpha_pattern={},
-        factor_pattern={_exactly(name): shape[1:] for name, shape in shapes.items() if shape[1:] != (a_out, a_in)},
+        factor_pattern={
+            _exactly(n): (out, n_in) for n, (_, out, n_in) in shapes.items() if (out, n_in) != (a_out, a_in)
+        },
     )
     model.peft_config[adapter_name] = config
     model.inject_adapter(model.model, adapter_name)
@@ -106,13 +111,14 @@ def _combined(layer: KronALayer, parts: list[tuple[str, float]], layout: Layout,
     if len(sizes) == 1 and {layer.layout[a] for a, _ in parts} == {layout} and terms <= room:
         A = torch.cat([layer.krona_A[a].to(dtype) * (w * layer.scaling[a]) for a, w in parts])
         return Combined(A, torch.cat([layer.krona_B[a].to(dtype) for a, _ in parts]), None)
-    dW = sum(
+    deltas = (
         w
         * kron_delta_weight(
             layer.krona_A[a].double(), layer.krona_B[a].double(), scale=float(layer.scaling[a]), layout=layer.layout[a]
         )
         for a, w in parts
     )
+    dW = reduce(torch.add, deltas)
     tried = (_nearest(dW, *factors, room, layout, first.dtype) for factors in sorted(sizes))
     return min(tried, key=lambda c: (round(c.error or 0.0, 6), len(c.A)))  # below that, it is rounding that differs
 

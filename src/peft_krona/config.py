@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -20,6 +20,7 @@ PEFT_PREFIX = "base_model.model."  # what PEFT puts before module names in its f
 Scaling = Literal["alpha", "rank", "rslora", "cdka"]
 Init = Literal[True, False, "diffusekrona", "kaiming", "cdka"]
 Bias = Literal["none", "all", "krona_only"]
+Names: TypeAlias = list[str] | tuple[str, ...] | set[str] | str  # or one regex
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 INITS: tuple[Init, ...] = get_args(Init)
 BIASES: tuple[Bias, ...] = get_args(Bias)
@@ -91,8 +92,8 @@ class KronAConfig(PeftConfig):
     'KRONA'
     """
 
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    target_modules: Names | None = field(default=None, metadata={"help": "Modules to adapt."})
+    exclude_modules: Names | None = field(default=None, metadata={"help": "Modules to leave out."})
     a_out: int = field(default=64, metadata={"help": "Rows of the left factor A."})
     a_in: int = field(default=4, metadata={"help": "Columns of the left factor A."})
     r: int = field(default=1, metadata={"help": "Number of Kronecker terms."})
@@ -116,7 +117,7 @@ class KronAConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.KRONA
+        self.peft_type = PeftType["KRONA"]
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -143,7 +144,7 @@ class KronAConfig(PeftConfig):
         """
 
         def of(pattern: dict[str, Any], default: Any) -> Any:
-            return pattern.get(get_pattern_key(pattern.keys(), name), default)
+            return pattern.get(get_pattern_key(list(pattern), name), default)
 
         return LayerSettings(
             r=of(self.rank_pattern, self.r),
@@ -169,7 +170,7 @@ class KronAConfig(PeftConfig):
                     re.compile(str(key))
                 except re.error as error:
                     raise ConfigError(f"KronAConfig.{name}: the key {key!r} is not a valid regex: {error}.") from error
-        self.factor_pattern = {key: tuple(pair) for key, pair in self.factor_pattern.items()}
+        self.factor_pattern = {key: (a_out, a_in) for key, (a_out, a_in) in self.factor_pattern.items()}
 
     def _check_layers(self) -> None:
         if self.layers_pattern and self.layers_to_transform is None:

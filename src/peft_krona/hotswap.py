@@ -201,11 +201,12 @@ def _set_config(
     """Let the config say what the layers have: their s as alpha, and as many terms as there is room for."""
     alphas = {name: float(layer.base_scaling[adapter]) for name, layer in layers.items()}
     rs = {name: layer.r[adapter] for name, layer in layers.items()}
-    alpha, r = (max(set(v.values()), key=list(v.values()).count) if v else 1 for v in (alphas, rs))
+    alpha = max(set(alphas.values()), key=list(alphas.values()).count, default=1.0)
+    r = max(set(rs.values()), key=list(rs.values()).count, default=1)
     configs[adapter] = replace(
         copy.copy(config),
         r=r,
-        alpha=float(alpha),
+        alpha=alpha,
         scaling="alpha",
         rank_pattern={f"^{re.escape(name)}": n for name, n in rs.items() if n != r},
         alpha_pattern={f"^{re.escape(name)}": s for name, s in alphas.items() if s != alpha},

@@ -274,18 +274,23 @@ def plot(stats: Sequence[LayerStats], path: str | os.PathLike, title: str = "") 
     from matplotlib.figure import Figure
 
     relative = all(entry.relative is not None for entry in stats)
-    ranked = sorted(stats, key=lambda e: e.relative if relative else e.norm, reverse=True)
+    ranked = sorted(stats, key=lambda entry: _size(entry, relative), reverse=True)
     strongest = ranked[:3]
     rows = list(dict.fromkeys(row_of(entry.layer) for entry in stats))
     height = 7.5 + max(3.0, 0.19 * len(rows))
     figure = Figure(figsize=(14, height), layout="constrained")
     figure.suptitle("\n".join(filter(None, [title, *totals(stats)[:2]])), fontsize=12)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[3.6, height - 3.6])
+    (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[3.6, height - 3.6])
     _draw_factors(top, strongest)
     overview, spectra = bottom.subplots(1, 2, width_ratios=[1.15, 1])
     _draw_overview(bottom, overview, stats, rows, relative)
     _draw_spectra(spectra, ranked)
     figure.savefig(path, dpi=110)
+
+
+def _size(entry: LayerStats, relative: bool) -> float:
+    """||dW|| / ||W|| if `relative`, else ||dW||."""
+    return entry.relative if relative and entry.relative is not None else entry.norm
 
 
 def _draw_factors(figure, strongest: Sequence[LayerStats]) -> None:
@@ -310,8 +315,7 @@ def _draw_overview(figure, axis, stats: Sequence[LayerStats], rows: Sequence[str
     """Root mean square of the layers' norms by block (down) and kind (across)."""
     cells: dict[tuple[str, str], list[float]] = {}
     for entry in stats:
-        value = entry.relative if relative else entry.norm
-        cells.setdefault((row_of(entry.layer), column_of(entry.layer.module)), []).append(value)
+        cells.setdefault((row_of(entry.layer), column_of(entry.layer.module)), []).append(_size(entry, relative))
     columns = [column for column in _COLUMNS if any(key[1] == column for key in cells)]
     grid = torch.full((len(rows), len(columns)), float("nan"))
     for (row, column), values in cells.items():
@@ -332,13 +336,13 @@ def _draw_spectra(axis, ranked: Sequence[LayerStats]) -> None:
     """Singular values relative to the largest: all layers thin, the strongest named."""
     import matplotlib
 
-    colours = matplotlib.colormaps["tab10"].colors
-    curves = [entry for entry in ranked if entry.spectrum is not None and entry.spectrum[0] > 0]
-    for entry in curves[6:]:
-        axis.plot(*_curve(entry.spectrum), color="0.8", linewidth=0.6, zorder=1)
-    for entry, colour in zip(curves[:6], colours, strict=False):
+    colour_of = matplotlib.colormaps["tab10"]
+    curves = [(e, _curve(e.spectrum)) for e in ranked if e.spectrum is not None and e.spectrum[0] > 0]
+    for _, curve in curves[6:]:
+        axis.plot(*curve, color="0.8", linewidth=0.6, zorder=1)
+    for index, (entry, curve) in enumerate(curves[:6]):
         label = f"{_label(entry.layer)}, eff. rank {entry.effective_rank:.0f}"
-        axis.plot(*_curve(entry.spectrum), color=colour, linewidth=1.6, label=label, zorder=2)
+        axis.plot(*curve, color=colour_of(index), linewidth=1.6, label=label, zorder=2)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("index of the singular value")

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -35,6 +36,11 @@ logger = logging.getLogger(__name__)
 _MAMBA_MODELS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _MAMBA_UNTARGETABLE = {"out_proj", "conv1d"}
 
+_TARGET_MODULES: dict[str, list[str]] = {
+    **{kind: list(names) for kind, names in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items()},
+    "clip_text_model": list(CLIP_TARGET_MODULES),
+}
+
 
 class KronAModel(BaseTuner):
     """A model with KronA adapters on its target layers; what `get_peft_model(model, KronAConfig(...))` builds.
@@ -44,12 +50,10 @@ class KronAModel(BaseTuner):
         low_cpu_mem_usage: create the adapter weights on the meta device (for loading).
     """
 
+    peft_config: dict[str, KronAConfig]  # type: ignore[assignment]  # PEFT lets a model hold configs of one kind only
     prefix: str = "krona_"
     tuner_layer_cls = KronALayer
-    target_module_mapping: ClassVar = {
-        **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-        "clip_text_model": list(CLIP_TARGET_MODULES),
-    }
+    target_module_mapping = _TARGET_MODULES
     layers_mapping: ClassVar[dict[type[nn.Module], type[KronALayer]]] = {
         nn.Linear: Linear,
         Conv1D: Linear,
@@ -59,7 +63,7 @@ class KronAModel(BaseTuner):
         nn.Embedding: Embedding,
     }
 
-    def _prepare_adapter_config(self, peft_config: KronAConfig, model_config: dict) -> KronAConfig:
+    def _prepare_adapter_config(self, peft_config: KronAConfig, model_config: dict) -> PeftConfig:
         if peft_config.target_modules is None and is_diffusers_model(self.model):
             peft_config.target_modules = default_target_modules(
                 self.model, peft_config.layers_to_transform, peft_config.layers_pattern
@@ -205,7 +209,7 @@ class KronAModel(BaseTuner):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> Any:  # the base model; PEFT's own says None
         if merge:
             self._check_all_mergeable(adapter_names, safe_merge)
         return super()._unload_and_optionally_merge(

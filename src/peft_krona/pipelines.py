@@ -123,9 +123,9 @@ def save_krona_weights(
             component's own weights. Nothing is written then.
     """
     configs = {
-        name: model.peft_config[adapter_name]
+        name: config
         for name, model in models_of(pipe).items()
-        if isinstance(getattr(model, "peft_config", {}).get(adapter_name), KronAConfig)
+        if isinstance(config := _configs(model).get(adapter_name), KronAConfig)
     }
     if not configs:
         raise ConfigError(
@@ -391,12 +391,17 @@ def _krona_layers(model: nn.Module) -> Iterator[KronALayer]:
 
 
 def _adapter_names(pipe: Any) -> list[str]:
-    return sorted({name for model in models_of(pipe).values() for name in getattr(model, "peft_config", {})})
+    return sorted({name for model in models_of(pipe).values() for name in _configs(model)})
 
 
-def _add_adapter(model: nn.Module, config: KronAConfig, adapter_name: str, component: str) -> None:
+def _configs(model: nn.Module) -> Mapping[str, Any]:
+    """{adapter name: its config} of a model."""
+    return getattr(model, "peft_config", {})
+
+
+def _add_adapter(model: Any, config: KronAConfig, adapter_name: str, component: str) -> None:
     check_adapter_name(model, adapter_name)
-    if adapter_name in getattr(model, "peft_config", {}):
+    if adapter_name in _configs(model):
         raise ConfigError(
             f"The pipeline's {component} already has an adapter named {adapter_name!r}. Choose another adapter_name, "
             f"or remove it first: pipe.delete_adapters({adapter_name!r})."
@@ -441,7 +446,7 @@ def _saved_names(model: nn.Module, adapter_name: str) -> list[str]:
 
 
 def _others(model: nn.Module, adapter_name: str) -> str:
-    return ", ".join(repr(name) for name in model.peft_config if name != adapter_name)
+    return ", ".join(repr(name) for name in _configs(model) if name != adapter_name)
 
 
 def _save_component(

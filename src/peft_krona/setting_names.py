@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import wraps
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .errors import ConfigTypeError
 
@@ -95,7 +95,8 @@ def explains_unknown_names(cls: T) -> T:
     The words "got an unexpected keyword argument" are Python's own. PEFT looks for them: when it reads a config of a
     newer version, it leaves such settings out with a warning.
     """
-    original: Callable[..., None] = cls.__init__
+    owner: Any = cls
+    original: Callable[..., None] = owner.__init__
     known = [field.name for field in fields(cls) if field.init]
 
     @wraps(original)
@@ -106,5 +107,5 @@ def explains_unknown_names(cls: T) -> T:
             raise ConfigTypeError(f"{cls.__name__} got an unexpected keyword argument {said}")
         original(self, *args, **kwargs)
 
-    cls.__init__ = __init__
+    owner.__init__ = __init__
     return cls

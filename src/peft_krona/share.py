@@ -70,7 +70,9 @@ def share_of(model: nn.Module, adapter_name: str | None = None) -> Share:
             if id(parameter) not in seen:  # tied weights count once
                 seen.add(id(parameter))
                 all_weights += _numel(module, parameter)
-        names = [] if layer is None else layer.active_adapters if adapter_name is None else [adapter_name]
+        if layer is None:
+            continue
+        names = layer.active_adapters if adapter_name is None else [adapter_name]
         name = next((name for name in names if name in layer.krona_A), None)
         if name is not None:
             linear += is_linear
@@ -122,9 +124,11 @@ def line(model: nn.Module) -> str | None:
 def _base_modules(module: nn.Module, layer: KronALayer | None = None) -> Iterator[tuple[nn.Module, KronALayer | None]]:
     """Every module of the base model with the KronA layer around it, if any; the adapters' own are left out."""
     if isinstance(module, BaseTunerLayer):
-        yield from _base_modules(module.base_layer, module if isinstance(module, KronALayer) else layer)
+        yield from _base_modules(
+            module.get_submodule("base_layer"), module if isinstance(module, KronALayer) else layer
+        )
     elif isinstance(module, AuxiliaryTrainingWrapper):
-        yield from _base_modules(module.original_module)
+        yield from _base_modules(module.get_submodule("original_module"))
     else:
         yield module, layer
         for child in module.children():

@@ -141,6 +141,19 @@ def read_own(
     return from_state_dict(tensors, models, stored, config, needs_settings=needs_settings, where=str(path))
 
 
+def read_krona(path: Path, models: Collection[str], *, needs_settings: bool = True) -> Components:
+    """`read_own` where `is_krona_source` has said that KronA weights are there.
+
+    Raises:
+        FormatError: also if the folder has several files of them, and none has the usual name.
+    """
+    components = read_own(path, models, needs_settings=needs_settings)
+    if components is None:
+        files = [file.name for file in sorted(path.glob("*.safetensors"))]
+        raise FormatError(f"{path} has several files of KronA weights, {files}; pass weight_name= with one of them.")
+    return components
+
+
 def _of_a_folder(components: Components, path: Path, models: Collection[str]) -> Components:
     found = {}
     for name, (config, state_dict) in components.items():
@@ -185,8 +198,8 @@ def from_state_dict(
         example = next(key for key in state_dict if key.partition(".")[0] not in known)
         raise FormatError(f"{where} has weights of {sorted(known)}, and the key {example!r}, which is of none of them.")
     if not known:
-        own = _settings(state_dict, stored, config, needs_settings, where)
-        return {_component(state_dict, models): (own, state_dict)}
+        settings = _settings(state_dict, stored, config, needs_settings, where)
+        return {_component(state_dict, models): (settings, state_dict)}
     components = {}
     for name in sorted(known):
         own = {key.removeprefix(f"{name}."): value for key, value in stored.items() if key.startswith(f"{name}.")}
@@ -199,7 +212,7 @@ def _settings(
     weights: StateDict, stored: Mapping[str, Any], config: KronAConfig | None, needed: bool, where: str
 ) -> KronAConfig:
     if stored:
-        if stored.get("peft_type") != PeftType.KRONA.value:
+        if stored.get("peft_type") != PeftType["KRONA"].value:
             raise FormatError(f"{where} has KronA weights, but its settings are of {stored.get('peft_type')!r}.")
         found = config_from_json(stored)
         found.inference_mode = True
@@ -260,4 +273,4 @@ def is_krona_config(config_file: Path) -> bool:
         found = json.loads(config_file.read_text(encoding="utf-8"))
     except (ValueError, OSError):
         return False
-    return isinstance(found, dict) and found.get("peft_type") == PeftType.KRONA.value
+    return isinstance(found, dict) and found.get("peft_type") == PeftType["KRONA"].value
