@@ -2,9 +2,9 @@
 """DreamBooth with a Kronecker adapter, for Stable Diffusion 1.x, 2.x and SDXL.
 
     python examples/dreambooth_kron.py                          # the shipped pipeline and subject, minutes on a CPU
-    accelerate launch examples/dreambooth_kron.py --mixed_precision fp16 --output_dir my-dog \\
+    accelerate launch examples/dreambooth_kron.py --mixed_precision fp16 --output_dir output/my-dog \\
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
-        --instance_data_dir my_dog --instance_prompt "a photo of sks dog"
+        --instance_data_dir my-dog --instance_prompt "a photo of sks dog"
 
 The flags are those of diffusers' train_dreambooth_lora_sdxl.py, plus the adapter's (see --help). This file reads from
 top to bottom: models, data, adapter, optimizer, loop, results. The helpers lie in examples/dreambooth/.

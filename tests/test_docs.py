@@ -22,8 +22,15 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def test_python_and_commands_of_the_readme_run(tmp_path, monkeypatch):
     """All blocks in turn, as one program, in a copy of the folder layout that they name."""
+    from diffusers import StableDiffusionPipeline
+
+    from peft_krona import KronAConfig, add_krona, save_krona_weights
+
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
+    pipe = StableDiffusionPipeline.from_pretrained("examples/assets/emoji-sd")
+    add_krona(pipe, KronAConfig(init_weights=False, alpha=0.1))
+    save_krona_weights(pipe, "output/demo-robot")  # as `make demo` does
     program = "\n".join(blocks(ROOT / "README.md", "python"))
     assert program.count("import") >= 4
     namespace: dict = {}
@@ -36,10 +43,30 @@ def test_python_and_commands_of_the_readme_run(tmp_path, monkeypatch):
     commands = [shlex.split(line, comments=True)[3:] for line in lines if line.startswith("python -m peft_krona")]
     assert len(commands) == 5
     for arguments in commands:
-        if "pytorch_lora_weights.safetensors" not in arguments:  # a file that the reader has downloaded
-            assert main(arguments) == 0, arguments
-    for made in ("my-adapter.safetensors", "my-lora.safetensors", "adapter.png", "merged-pipeline/model_index.json"):
-        assert (tmp_path / made).is_file()
+        assert main(arguments) == 0, arguments
+    made = ("robot.safetensors", "robot-lora.safetensors", "robot.png", "robot-pipeline/model_index.json")
+    assert all((tmp_path / "output" / name).is_file() for name in made)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["examples", "output"]  # everything is under output/
+
+
+def test_numbers_of_the_readme_are_the_tables_():
+    """The README's numbers of parameters and files are docs/counts.py's, those of time docs/performance.md's."""
+    from docs import counts
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    krona, lora = counts.krona("SDXL", 64, 4), counts.lora("SDXL", 4)
+    wanted = f"{krona / 1e6:.1f} million parameters, a file of {4 * krona / 1e6:.0f} MB; LoRA of rank 4 has"
+    assert f"{wanted} {lora / 1e6:.1f} million and {4 * lora / 1e6:.0f} MB." in text
+    performance = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = [[c.strip(" *") for c in line.split("|")[1:-1]] for line in performance.splitlines() if line.startswith("|")]
+    layers = [row for row in rows if re.match(r"\d+ x .*bf16$", row[0]) and "to" not in row[0]]
+    of_lora, of_lokr = ([float(row[i]) for row in layers] for i in (6, 7))
+    assert len(layers) >= 8
+    assert f"adds {min(of_lora):.2f} to {max(of_lora):.2f} of the time that LoRA of rank 4 adds" in text
+    assert f"LoKr adds {int(1 / max(of_lokr))} times" in text
+    steps = {row[0]: row[5] for row in rows if len(row) == 7}
+    for name, words in (("KronA (64,4)", "takes {}"), ("PEFT LoRA r=4", "with LoRA {}"), ("PEFT LoKr", "with LoKr {}")):
+        assert words.format(steps[name]) in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
