@@ -49,8 +49,8 @@ def krona_param_groups(
     >>> base = torch.nn.Sequential(torch.nn.Linear(128, 256))
     >>> model = get_peft_model(base, peft_krona.KronAConfig(target_modules=["0"]))
     >>> groups = krona_param_groups(model, lr=1e-3, ratio=4)
-    >>> [(group["name"], group["lr"], len(group["params"])) for group in groups]
-    [('krona.random', 0.001, 1), ('krona.zero', 0.004, 1)]
+    >>> {group["name"]: group["lr"] for group in groups}
+    {'krona.random': 0.001, 'krona.zero': 0.004}
     >>> optimizer = torch.optim.AdamW(groups, weight_decay=1e-2)
     """
     if not isinstance(model, nn.Module):
