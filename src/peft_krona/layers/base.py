@@ -15,7 +15,7 @@ from torch import nn
 
 from .._compat import is_offloaded
 from ..config import Init, KronAConfig, scaling_factor
-from ..errors import MergeError
+from ..errors import MergeError, UnsupportedLayerError
 from ..factors import Layout, choose_factors
 from .base_weight import BaseWeightSnapshot, Share, dequantized, is_float8, subtract_with_warning
 from .offload import onloaded
@@ -84,7 +84,12 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def _features(self, base: nn.Module) -> tuple[int, int]:
         """(in, out): what a_in * b_in and a_out * b_out must be."""
-        return _get_in_out_features(base)
+        n_in, n_out = _get_in_out_features(base)
+        if n_in is None or n_out is None:
+            raise UnsupportedLayerError(
+                f"Cannot adapt a {type(base).__name__}: it has no in_features and out_features."
+            )
+        return n_in, n_out
 
     def _kernel(self) -> tuple[int, ...]:
         """Trailing dimensions of krona_B."""
@@ -285,15 +290,14 @@ class KronALayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         kept, gone = self._shares[:keep], self._shares[keep:]
-        if gone:
+        if gone and self._snapshot is not None:
             with _tensors_as(self.get_base_layer()):
-                self._take_out(kept, gone)
+                self._take_out(self._snapshot, kept, gone)
         self._shares, self.merged_adapters = kept, [share.name for share in kept]
         if not kept:
             self._snapshot = None
 
-    def _take_out(self, kept: list[Share], gone: list[Share]) -> None:
-        snapshot = self._snapshot
+    def _take_out(self, snapshot: BaseWeightSnapshot, kept: list[Share], gone: list[Share]) -> None:
         if not snapshot.untouched():
             weight = self.get_base_weight()
             delta = self._summed_delta(gone, weight.device)
@@ -329,7 +333,8 @@ class KronALayer(nn.Module, BaseTunerLayer):
         names = [] if self.merged else [name for name in self.active_adapters if name in self.scaling]
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if is_offloaded(self._modules["krona_A"]):
+        modules: dict[str, Any] = self._modules  # by attribute takes longer
+        if is_offloaded(modules["krona_A"]):
             with onloaded(self.krona_A, self.krona_B):
                 return self._adapted(x, names, *args, **kwargs)
         return self._adapted(x, names, *args, **kwargs)

@@ -37,7 +37,7 @@ class Share:
     name: str
     A: torch.Tensor
     B: torch.Tensor
-    scale: float
+    scale: float | torch.Tensor
     layout: Layout
 
     def delta_weight(self) -> torch.Tensor:
@@ -53,9 +53,11 @@ class BaseWeightSnapshot:
     """The base weight of one layer as it was before the first merge."""
 
     def __init__(self, layer: BaseTunerLayer) -> None:
-        self._base_layer = layer.get_base_layer()
+        self._base_layer = _base_of(layer)
         self._quantized = layer.quantization_backend is not None
-        self._weight = self._base_layer._parameters.get("weight") if self._quantized else self._base_layer.weight.data
+        self._weight: torch.Tensor = (
+            self._base_layer._parameters.get("weight") if self._quantized else self._base_layer.weight.data
+        )
         # bitsandbytes keeps the 8-bit statistics beside the weight
         self._state = copy.copy(getattr(self._base_layer, "state", None)) if self._quantized else None
         self._owner = _owner_of(layer, self._base_layer)
@@ -123,7 +125,13 @@ def dequantized(backend: Any, base_layer: nn.Module) -> torch.Tensor:
     return backend.get_base_weight(base_layer)
 
 
-def _owner_of(layer: nn.Module, base_layer: nn.Module) -> nn.Module:
+def _base_of(layer: BaseTunerLayer) -> Any:
+    """The base layer: a module whose `weight` is a tensor."""
+    return layer.get_base_layer()
+
+
+def _owner_of(layer: Any, base_layer: nn.Module) -> Any:
+    """The tuner's layer, perhaps inside of `layer`, whose `base_layer` this is."""
     while layer.base_layer is not base_layer:
         layer = layer.base_layer
     return layer

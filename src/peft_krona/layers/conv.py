@@ -14,15 +14,22 @@ from .base import KronALayer
 class _ConvNd(KronALayer):
     """krona_B is (r, b_out, b_in, *kernel); a_out * b_out = out_channels, a_in * b_in = in_channels / groups."""
 
+    def _conv(self) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+        base = self.get_base_layer()
+        assert isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d))  # KronAModel.layers_mapping
+        return base
+
     def _features(self, base: nn.Module) -> tuple[int, int]:
+        base = self._conv()
         return base.in_channels // base.groups, base.out_channels
 
     def _kernel(self) -> tuple[int, ...]:
-        return tuple(self.get_base_layer().kernel_size)
+        return tuple(self._conv().kernel_size)
 
     def _add_delta(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
-        base = self.get_base_layer()
-        x, padding = self.krona_dropout[name](x), base.padding
+        base = self._conv()
+        x = self.krona_dropout[name](x)
+        padding: int | tuple[int, ...] | str = base.padding
         if base.padding_mode != "zeros":
             x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
         delta = kron_conv(

@@ -38,7 +38,8 @@ class Linear(KronALayer):
         """
         if args or kwargs or self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
-        active, modules = self._active_adapter, self._modules
+        active: str | list[str] = self._active_adapter
+        modules: dict[str, Any] = self._modules
         name = active if type(active) is str else active[0] if len(active) == 1 else ""
         factors_A = modules["krona_A"]
         A = factors_A._parameters.get(name)
@@ -54,7 +55,7 @@ class Linear(KronALayer):
         if frozen is None:
             result = self._add_delta(self._base_forward(x, *args, **kwargs), x, first)
         else:
-            modules = self._modules  # not by attribute: see _plain_frozen_base
+            modules: dict[str, Any] = self._modules  # not by attribute: see _plain_frozen_base
             A, B = modules["krona_A"][first], modules["krona_B"][first]
             result = kron_linear(x, A, B, scale=self._scale(first), base=frozen, layout=self.layout[first])
         for name in names[1:]:
@@ -78,13 +79,14 @@ class Linear(KronALayer):
         They can for a plain frozen nn.Linear that nothing hooks into. Asked in every forward, so it reads the modules'
         dicts: a parameter or module through nn.Module.__getattr__ takes several times as long.
         """
-        base = self._modules["base_layer"]
+        modules: dict[str, Any] = self._modules
+        base = modules["base_layer"]
         state = base.__dict__
         if (
             type(base).forward is not nn.Linear.forward
             or has_hooks(base)
             or self.quantization_backend is not None
-            or (self.training and type(self._modules["krona_dropout"]._modules[name]) is not nn.Identity)
+            or (self.training and type(modules["krona_dropout"]._modules[name]) is not nn.Identity)
         ):
             return None
         parameters = state["_parameters"]

@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import os
 from importlib import metadata
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -48,7 +48,7 @@ def choose_backend(asked: Backend | None, device: torch.device, dtype: torch.dty
     backend = asked or DEFAULT
     # A graph must not depend on what was announced: the first eager call after it would compile it again.
     if backend == "torch" and (torch.compiler.is_compiling() or backend in _announced):
-        return backend
+        return "torch"
     if backend not in BACKENDS:
         source = f"backend={backend!r}" if asked else f"PEFT_KRONA_BACKEND={backend}"
         auto = ' "auto" was taken out: leave it away, and the rule in ops/plan.py decides.' if backend == "auto" else ""
@@ -59,7 +59,7 @@ def choose_backend(asked: Backend | None, device: torch.device, dtype: torch.dty
     if not torch.compiler.is_compiling() and backend not in _announced:
         _announced.add(backend)
         logger.info("Kronecker products on %s in %s: backend %r.", device.type, dtype, backend)
-    return cast(Backend, backend)
+    return backend
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:

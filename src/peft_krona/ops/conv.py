@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -12,7 +15,7 @@ from ..factors import Layout, cheaper_order
 from .dtypes import compute_dtype
 from .plan import check_factors, check_layout, check_values
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def kron_conv(
@@ -21,7 +24,7 @@ def kron_conv(
     B: torch.Tensor,
     *,
     stride: tuple[int, ...],
-    padding: tuple[int, ...] | str,
+    padding: int | tuple[int, ...] | str,
     dilation: tuple[int, ...],
     groups: int = 1,
     scale: float | torch.Tensor = 1.0,
@@ -51,7 +54,7 @@ def kron_conv(
     N = x.shape[0]
     with torch.autocast(x.device.type, enabled=False):
         x, A, B = x.to(dtype), (A * scale).to(dtype), B.to(dtype)
-        args = {"stride": stride, "padding": padding, "dilation": dilation}
+        args: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
         if groups == 1 and cheaper_order(a_out, a_in, b_out, b_in * _numel(kernel)) == "a_first":
             X = x.reshape(N, a_in, b_in, *x.shape[2:])
             V = torch.einsum("nik,zkv...->zinv...", A, X).reshape(N * a_out, r * b_in, *x.shape[2:])
@@ -103,7 +106,7 @@ def _channels_last(x: torch.Tensor) -> bool:
     return not x.is_contiguous() and x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
 
 
-def _apply_A(A: torch.Tensor, U: torch.Tensor, layout: str) -> torch.Tensor:
+def _apply_A(A: torch.Tensor, U: torch.Tensor, layout: Layout) -> torch.Tensor:
     """A (r, a_out, a_in) times the right group's U (N, groups, a_in, r, b_out, *spatial): (N, a_out, b_out, *spatial).
 
     Output channel o = i*b_out + u (or u*a_out + i) belongs to group o // (out / groups).

@@ -9,7 +9,9 @@ from ..factors import Layout
 from .plan import check_factors, check_layout
 
 
-def kron_delta_weight(A: torch.Tensor, B: torch.Tensor, *, scale: float = 1.0, layout: Layout = "kron") -> torch.Tensor:
+def kron_delta_weight(
+    A: torch.Tensor, B: torch.Tensor, *, scale: float | torch.Tensor = 1.0, layout: Layout = "kron"
+) -> torch.Tensor:
     """dW = s * layout(sum_n A_n (x) B_n), computed in fp32 (fp64 for fp64 factors).
 
     Args:
