@@ -48,7 +48,18 @@ from diffusers.utils.import_utils import is_xformers_available
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from examples.dreambooth import TrainingError, adapters, card, data, demo, evaluate, init_adapter, objective, optim
+from examples.dreambooth import (
+    TrainingError,
+    adapters,
+    card,
+    data,
+    demo,
+    evaluate,
+    init_adapter,
+    objective,
+    optim,
+    sharded,
+)
 from examples.dreambooth.arguments import adapter_config, parse_args, public_settings, settings
 from examples.dreambooth.checkpoint import Checkpoints, is_write_error
 from examples.dreambooth.class_images import make_class_images
@@ -74,6 +85,7 @@ def main(args: Any) -> dict[str, Any]:
             DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder or args.module_dropout != 0)
         ],
     )
+    sharded.load_whole(accelerator)
     device, say = accelerator.device, accelerator.print
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
@@ -92,7 +104,7 @@ def main(args: Any) -> dict[str, Any]:
     # -- models --------------------------------------------------------------------------------------------------------
     weight_dtype = adapters.dtype_of(accelerator.mixed_precision)
     if accelerator.distributed_type == DistributedType.FSDP:
-        weight_dtype = torch.float32  # FSDP keeps one dtype a module and casts by itself
+        weight_dtype = adapters.dtype_of("no")  # FSDP keeps one dtype a module and casts by itself
     load_base = functools.partial(
         evaluate.base_pipeline, args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path,
         revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
@@ -210,7 +222,8 @@ def main(args: Any) -> dict[str, Any]:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it asks the data loader otherwise
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     model, optimizer = accelerator.prepare(denoiser, optimizer)
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    is_sharded = sharded.is_sharded(accelerator)
+    sharded.announce_factors(accelerator, trained.values())
     parameters = [p for p in model.parameters() if p.requires_grad]
     base_model = card.base_model_name(args.pretrained_model_name_or_path, output)
     metadata = {k: str(v) for k, v in public_settings(args).items()}
@@ -219,7 +232,7 @@ def main(args: Any) -> dict[str, Any]:
 
     def save_adapters(folder: Path) -> None:
         """Called by every process; the main one writes."""
-        whole = denoiser.by_component(accelerator.get_state_dict(model)) if sharded else None
+        whole = denoiser.by_component(sharded.trained_state(accelerator, model)) if is_sharded else None
         if accelerator.is_main_process:
             adapters.save(pipe, trained, folder, base_model, metadata, whole)
 
@@ -229,7 +242,7 @@ def main(args: Any) -> dict[str, Any]:
 
     def on_load(models: list, folder: str) -> None:
         models.clear()
-        if not sharded:
+        if accelerator.is_fsdp2 or not is_sharded:
             adapters.load_state(trained, Path(folder))
 
     accelerator.register_save_state_pre_hook(on_save)
@@ -265,6 +278,8 @@ def main(args: Any) -> dict[str, Any]:
 
     shown_prompts = evaluate.repeat(args.validation_prompt or [], args.num_validation_images)
     validating = bool(shown_prompts)
+    if validating and sharded.hides_parameters(accelerator):
+        say("note: the model is spread over the processes: validation images are made after the training only.")
     every = args.validation_steps or args.validation_epochs * steps_per_epoch
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -315,12 +330,12 @@ def main(args: Any) -> dict[str, Any]:
             bar.update()
             bar.set_postfix(loss=f"{shown['loss']:.4f}", lr=f"{shown['lr']:.1e}")
             if args.max_grad_norm:
-                shown["grad_norm"] = float(norm)
+                shown["grad_norm"] = float(sharded.whole(norm))
             shown["it_per_s"] = (step - first_step) / (time.time() - loop_started)
             accelerator.log(shown, step=step)
 
             # images first: schedule-free optimizers swap their weights for them, and a resumed run must see the same
-            if validating and step % every == 0 and step < total:
+            if validating and step % every == 0 and step < total and not sharded.hides_parameters(accelerator):
                 optim.set_train_mode(optimizer, False)
                 if accelerator.is_main_process:
                     with offload_models(pipe.vae, *encoders.values(), device=device, offload=args.offload):

@@ -92,3 +92,14 @@ def images(folder: Path, count: int = 3, size: tuple[int, int] = (40, 40)) -> Pa
     for i in range(count):
         Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(folder / f"{i}.png")
     return folder
+
+
+def in_float64(patch) -> None:
+    """Make dreambooth_kron.py compute in float64, for comparisons. `patch(object, name, value)` sets an attribute."""
+    from examples import dreambooth_kron as script
+
+    cast, load = script.cast_training_params, script.evaluate.base_pipeline
+    patch(script.evaluate, "base_pipeline", lambda *args, **more: load(*args, **more | {"dtype": torch.float64}))
+    patch(script.adapters, "dtype_of", lambda _: torch.float64)
+    patch(script, "cast_training_params", lambda models, dtype: cast(models, torch.float64))
+    patch(torch.Tensor, "float", torch.Tensor.double)

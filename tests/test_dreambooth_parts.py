@@ -87,7 +87,7 @@ def test_presets(tmp_path, script, preset, released_steps, model):
     assert not args.train_text_encoder and not args.with_prior_preservation
 
 
-@pytest.mark.parametrize("name", ["multi_gpu", "deepspeed_zero2", "fsdp"])
+@pytest.mark.parametrize("name", ["multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "fsdp"])
 def test_accelerate_configs_load(name):
     from accelerate.commands.config.config_args import load_config_from_file
 

@@ -123,9 +123,7 @@ def test_an_argument_that_nobody_reads_is_refused(tmp_path):
     peft_krona.add_krona(pipe, KronAConfig(a_out=4, a_in=2))
     peft_krona.save_krona_weights(pipe, tmp_path)
     pipe = tiny.sd_pipeline()
-    with pytest.raises(
-        ConfigTypeError, match=r"argument 'is_trainable'.*can be trained without any"
-    ):
+    with pytest.raises(ConfigTypeError, match=r"argument 'is_trainable'.*can be trained without any"):
         peft_krona.load_krona_weights(pipe, tmp_path, is_trainable=True)
     pipe.unet.requires_grad_(False)
     peft_krona.load_krona_weights(pipe, tmp_path, local_files_only=True)

@@ -18,7 +18,7 @@ from peft_krona import KronAConfig
 from peft_krona.errors import KronAError
 from peft_krona.pipelines import add_krona, load_krona_weights, save_krona_weights
 
-from . import TrainingError, lora
+from . import TrainingError, lora, sharded
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")  # what can be trained, each in a folder of its name
 
@@ -86,7 +86,7 @@ def load_state(models: Mapping[str, nn.Module], folder: Path) -> None:
                 f"{path} does not fit the adapter that the flags describe ({len(wrong)} tensors, e.g. {min(wrong)}). "
                 "Resume with the same adapter flags, or choose another --output_dir."
             )
-        set_peft_model_state_dict(model, state, adapter_name="default")
+        set_peft_model_state_dict(model, sharded.spread_like(own, state), adapter_name="default")
 
 
 def load(pipe: Any, folder: str | Path, adapter_name: str = "default", weight: float = 1.0) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-from . import TrainingError, one_line
+from . import TrainingError, one_line, sharded
 from .files import TEMPORARY, remove, replace_folder
 
 STATE = "training_state.json"
@@ -146,7 +146,8 @@ class Checkpoints:
                 remove(temporary)
                 temporary.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(temporary))
+            with sharded.without_the_base(self.accelerator, saving=True) as more:
+                self.accelerator.save_state(str(temporary), **more)
             if main:
                 if also:
                     also(temporary)
@@ -262,7 +263,8 @@ class Checkpoints:
         state = read_state(path)
         self.compare(path, state["settings"])
         try:
-            self.accelerator.load_state(str(path))
+            with sharded.without_the_base(self.accelerator, saving=False) as more:
+                self.accelerator.load_state(str(path), **more)
         except (
             OSError,
             RuntimeError,

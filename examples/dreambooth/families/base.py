@@ -101,6 +101,13 @@ class Trained(nn.Module):
         self.encoder_names = list(family.text_encoders())
         self.encoders = nn.ModuleList(family.text_encoders().values())
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The blocks that FSDP gathers one at a time, as diffusers and transformers name them for each model."""
+        names = {type(module).__name__ for module in self.modules()}
+        wanted = [name for m in (self.model, *self.encoders) for name in getattr(m, "_no_split_modules", None) or ()]
+        return [name for name in dict.fromkeys(wanted) if name in names]
+
     def by_component(self, state: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         """This module's whole state dict as {component of the pipeline: its state dict}."""
         names = {"model.": self.family.denoiser} | {f"encoders.{i}.": n for i, n in enumerate(self.encoder_names)}
