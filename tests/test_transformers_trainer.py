@@ -2,6 +2,7 @@
 """transformers' `Trainer` and TRL's `SFTTrainer` with KronA on a tiny Llama: train, save, resume, best model, merge."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from peft_krona import KronAConfig, KronALayer
 STEPS = 4
 
 
-def base_model():
+def base_model(width=16):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
+        vocab_size=32, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return LlamaForCausalLM(config)
@@ -145,3 +146,69 @@ def test_an_adapter_of_transformers_own(checkpointing, tmp_path):
     assert_equal(factors(loaded), factors(model))
     ids = torch.tensor([[3, 4, 5]])
     assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def test_the_reference_adapter_of_trl_is_a_copy(caplog):
+    """TRL copies weights by names that only LoRA's have; DPO, KTO, GRPO and RLOO do it in the same lines."""
+    model = get_peft_model(base_model(), config(init_weights=False))
+    model.add_adapter("other", model.peft_config["default"])
+    model.add_adapter("ref", model.peft_config["default"])
+    assert "Adapter 'ref' starts as a copy of 'default'" in caplog.text and caplog.text.count("copy of") == 1
+    weights = {n: p for n, p in model.named_parameters() if "krona_" in n}
+    for name, p in weights.items():
+        if name.endswith(".default"):
+            start = name.removesuffix("default")
+            assert torch.equal(weights[f"{start}ref"], p) and not torch.equal(weights[f"{start}other"], p)
+            assert p.requires_grad and not weights[f"{start}ref"].requires_grad
+    apart = get_peft_model(base_model(), config(init_weights=False))
+    apart.add_adapter("ref", config(init_weights=False))
+    weights = {n: p for n, p in apart.named_parameters() if "krona_" in n}
+    assert not any(torch.equal(weights[f"{n[:-7]}ref"], p) for n, p in weights.items() if n.endswith(".default"))
+
+
+def test_dpo_of_a_trained_adapter_refers_to_it(tmp_path):
+    pytest.importorskip("trl", reason="needs trl: pip install trl")
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    model = get_peft_model(base_model(), config(init_weights=False))
+    start = factors(model)
+    rows = [{"prompt": "w1 w2", "chosen": f"w{i} w4", "rejected": f"w{i} w7"} for i in range(8)]
+    trainer = DPOTrainer(
+        model, args=arguments(tmp_path, DPOConfig, logging_steps=1, gradient_checkpointing=False),
+        processing_class=tokenizer(), train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows[:2]),
+    )  # fmt: skip
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # policy and reference are one at first; logged rounded
+    assert losses[-1] < losses[0]
+    after = {n: p for n, p in trainer.model.named_parameters() if "krona_" in n}
+    for name, p in start.items():
+        assert torch.equal(after[f"{name.removesuffix('default')}ref"], p) and not torch.equal(after[name], p)
+
+
+def test_sft_on_a_4_bit_base(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    pytest.importorskip("trl", reason="needs trl: pip install trl")
+    from datasets import Dataset
+    from transformers import BitsAndBytesConfig
+    from trl import SFTConfig, SFTTrainer
+
+    whole = base_model(64)  # the kernels for 4 bits need that much
+    whole.save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization, device_map="cpu")
+    packed = model.model.layers[0].self_attn.q_proj.weight.clone()
+    trainer = SFTTrainer(
+        model, arguments(tmp_path / "run", SFTConfig), processing_class=tokenizer(), peft_config=config(),
+        train_dataset=Dataset.from_list(data()), eval_dataset=Dataset.from_list(data(2)),
+    )  # fmt: skip
+    trainer.train()
+    layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, KronALayer) and type(layer.base_layer).__name__ == "Linear4bit"
+    assert layer.krona_B["default"].abs().max() > 0 and torch.equal(layer.base_layer.weight, packed)
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert losses[-1] < losses[0]
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = PeftModel.from_pretrained(base_model(64), str(tmp_path / "saved"))  # onto the unquantized base
+    assert_equal(factors(loaded), {n: p.float() for n, p in factors(trainer.model).items()})

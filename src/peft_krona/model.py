@@ -85,6 +85,8 @@ class KronAModel(BaseTuner):
         except BaseException:
             forget_adapter(model, self.peft_config, adapter_name)
             raise
+        if adapter_name == "ref" and config is self.peft_config.get("default"):
+            _copy_factors(model, "default", "ref")
         if guessed:
             warn_if_small(model, adapter_name)
         _warn_of_unmatched_factors(model, adapter_name, config)
@@ -276,6 +278,23 @@ class KronAModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _copy_factors(model: nn.Module, source: str, target: str) -> None:
+    """What TRL's DPO, KTO, GRPO and RLOO trainers mean by `add_adapter("ref", peft_config["default"])`.
+
+    They then copy the weights by names with ".default.", which LoRA's have and factors in a ParameterDict have not: the
+    reference of a trained adapter would be the base model, without a word.
+    """
+    for layer in model.modules():
+        if isinstance(layer, KronALayer) and target in layer.krona_A and source in layer.krona_A:
+            with torch.no_grad():
+                for factors in (layer.krona_A, layer.krona_B):
+                    factors[target].copy_(factors[source])
+    logger.warning(
+        "Adapter 'ref' starts as a copy of 'default', as it was added with the same config: TRL's trainers mean that. "
+        "For a fresh adapter choose another name."
+    )
 
 
 def _warn_of_unmatched_factors(model: nn.Module, adapter_name: str, config: KronAConfig) -> None:
