@@ -75,7 +75,8 @@ def test_table(tmp_path):
     adapter = random_adapter({"unet": unet}, attention, factors=(8, 4), scale=0.5, layout="diffusekrona")
     text = table(inspect_adapter(adapter, tmp_path))
     lines = text.splitlines()
-    assert len(lines) == len(adapter) + 6
+    assert len(lines) == len(adapter) + 8
+    assert "eff. rank: how many" in text and "/||W||: of the base weight's" in text
     layer, row = adapter.layers[0], lines[2].split()
     relative = (layer.delta_weight().norm() / unet.get_submodule(layer.module).weight.norm()).item()
     assert row[:9] == [

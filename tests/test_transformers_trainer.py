@@ -17,8 +17,8 @@ STEPS = 4
 def base_model(width=16):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2,
+        vocab_size=32, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 

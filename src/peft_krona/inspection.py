@@ -151,6 +151,12 @@ def shares(adapter: AdapterFile, base: str | os.PathLike) -> dict[str, Share]:
     return found
 
 
+LEGEND = (
+    "||dW||: Frobenius norm of the update, scale included; /||W||: of the base weight's, with --base. eff. rank: how many",
+    "directions share the update, exp of the entropy of its normalised singular values (-: too costly to compute).",
+)
+
+
 def table(stats: Sequence[LayerStats]) -> str:
     """The statistics as text, one line a layer, with totals."""
     head = ("layer", "shape", "r", "a_out x a_in", "layout", "scale", "||dW||", "/||W||", "eff. rank", "dtype")
@@ -158,7 +164,7 @@ def table(stats: Sequence[LayerStats]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join([*lines, "", *totals(stats)])
+    return "\n".join([*lines, "", *totals(stats), *LEGEND])
 
 
 def _row(entry: LayerStats) -> tuple[str, ...]:
