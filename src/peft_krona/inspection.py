@@ -152,8 +152,8 @@ def shares(adapter: AdapterFile, base: str | os.PathLike) -> dict[str, Share]:
 
 
 LEGEND = (
-    "||dW||: Frobenius norm of the update, scale included; /||W||: of the base weight's, with --base. eff. rank: how many",
-    "directions share the update, exp of the entropy of its normalised singular values (-: too costly to compute).",
+    "||dW||: Frobenius norm of the update, scale included; /||W||: of the base weight's, with --base.",
+    "eff. rank: how many directions share it, exp of the entropy of its normalised singular values (-: too costly).",
 )
 
 

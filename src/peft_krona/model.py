@@ -91,8 +91,9 @@ class KronAModel(BaseTuner):
             warn_if_small(model, adapter_name)
         _warn_of_unmatched_factors(model, adapter_name, config)
         # who loads an adapter did not choose its r, and CDKA is made of terms
-        if config.r > MANY_TERMS and not config.inference_mode and "cdka" not in (config.scaling, config.init_weights):
-            say_that_r_counts_terms(model, adapter_name, config.r)
+        r = max(config.r, *config.rank_pattern.values(), 0)
+        if r > MANY_TERMS and not config.inference_mode and "cdka" not in (config.scaling, config.init_weights):
+            say_that_r_counts_terms(model, adapter_name, r)
 
     def _check_target_module_compatiblity(self, peft_config: KronAConfig, model: nn.Module, target_name: str) -> None:
         super()._check_target_module_compatiblity(peft_config, model, target_name)

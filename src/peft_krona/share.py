@@ -94,10 +94,14 @@ def warn_if_small(model: nn.Module, adapter_name: str) -> None:
         )
 
 
-def number_of_parameters(model: nn.Module, adapter_name: str) -> int:
-    """Trainable numbers in the factors of one adapter."""
-    layers = [m for m in model.modules() if isinstance(m, KronALayer) and adapter_name in m.krona_A]
-    return sum(layer.krona_A[adapter_name].numel() + layer.krona_B[adapter_name].numel() for layer in layers)
+def number_of_parameters(model: nn.Module, adapter_name: str) -> tuple[int, int]:
+    """(numbers in the factors of one adapter, the same with one term on every layer)."""
+    counts = [
+        (layer.krona_A[adapter_name].numel() + layer.krona_B[adapter_name].numel(), layer.r[adapter_name])
+        for layer in model.modules()
+        if isinstance(layer, KronALayer) and adapter_name in layer.krona_A
+    ]
+    return sum(n for n, _ in counts), sum(n // r for n, r in counts)
 
 
 def say_that_r_counts_terms(model: nn.Module, adapter_name: str, r: int) -> None:
@@ -105,13 +109,13 @@ def say_that_r_counts_terms(model: nn.Module, adapter_name: str, r: int) -> None
     global _said_that_r_counts_terms
     if not _said_that_r_counts_terms:
         _said_that_r_counts_terms = True
-        n = number_of_parameters(model, adapter_name)
+        has, would_have = number_of_parameters(model, adapter_name)
         logger.warning(
             "KronAConfig(r=%d): r counts Kronecker terms, it is not a rank as LoRA's is. This adapter has %s "
             "parameters; with r=1 it has %s. (Said once.)",
             r,
-            f"{n:,}",
-            f"{n // r:,}",
+            f"{has:,}",
+            f"{would_have:,}",
         )
 
 
