@@ -35,6 +35,8 @@ study: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(RUN) -m mypy
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright --pythonpath $(RUN)
 
 # .demo has what the demo needs and no more, .ready what the tests and the checks need
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -54,4 +56,4 @@ touch $@
 endef
 
 clean:
-	rm -rf $(VENV) output .pytest_cache .ruff_cache
+	rm -rf $(VENV) output .pytest_cache .ruff_cache .mypy_cache

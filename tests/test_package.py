@@ -17,7 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # A module imports only what stands above its own line; those of one line do not know each other.
 LAYERS = [
-    {"errors", "_compat"},
+    {"errors", "choices", "_compat"},
     {"factors", "_register", "setting_names"},
     {"ops", "config", "targets", "rollback"},
     {"layers", "convert"},  # convert reads and writes files without the model half
@@ -89,9 +89,9 @@ def test_third_party_imports(path):
     for line, name, nested in imports(path):
         top = name.split(".")[0]
         where = f"{path.name}:{line}"
-        if own in ("ops", "factors", "errors", "_compat"):
+        if own in ("ops", "factors", "choices", "errors", "_compat"):
             assert top not in ("peft", "transformers", "diffusers", "accelerate"), where
-        if own == "factors":
+        if own in ("factors", "choices"):
             assert top != "torch", where
         if top in ALLOWED:
             assert own in ALLOWED[top], where

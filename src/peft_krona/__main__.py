@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .choices import LAYOUTS
 from .convert import (
     BASES,
     FORMATS,
@@ -28,7 +29,6 @@ from .convert import (
 from .convert.checkpoints import read_component
 from .convert.merge_pipeline import merge_pipeline
 from .errors import FormatError, KronAError
-from .factors import LAYOUTS
 from .inspection import check_picture_name, inspect_adapter, plot, shares, table
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

@@ -19,9 +19,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from .adapter_names import check_adapter_name
+from .choices import Layout
 from .config import KronAConfig
 from .errors import ConfigError
-from .factors import Layout
 from .layers import KronALayer
 from .ops import kron_delta_weight
 

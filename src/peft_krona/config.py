@@ -6,24 +6,18 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, NamedTuple, TypeAlias
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
+from .choices import BIASES, INITS, LAYOUTS, SCALINGS, Bias, Init, Layout, Scaling
 from .errors import ConfigError, ConfigTypeError
-from .factors import LAYOUTS, Layout
 from .setting_names import explains_unknown_names
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before module names in its files
-Scaling = Literal["alpha", "rank", "rslora", "cdka"]
-Init = Literal[True, False, "diffusekrona", "kaiming", "cdka"]
-Bias = Literal["none", "all", "krona_only"]
 Names: TypeAlias = list[str] | tuple[str, ...] | set[str] | str  # or one regex
-SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
-INITS: tuple[Init, ...] = get_args(Init)
-BIASES: tuple[Bias, ...] = get_args(Bias)
 
 
 def scaling_factor(scaling: Scaling, alpha: float, r: int, a_in: int) -> float:

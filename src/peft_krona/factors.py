@@ -1,18 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layouts, divisors, the choice of factor sizes, parameter counts, the cost of the two orders. Needs no torch."""
+"""Divisors, the choice of factor sizes, parameter counts, the cost of the two orders. Needs no torch."""
 
 from __future__ import annotations
 
 from functools import cache
 from math import isqrt, prod
-from typing import Literal, get_args
 
+from .choices import LAYOUTS, ORDERS, Layout, Order  # noqa: F401  TEMPORARY
 from .errors import FactorError
-
-Layout = Literal["kron", "diffusekrona"]  # where A_i (x) B_i puts its entries: docs/math.md
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-Order = Literal["b_first", "a_first"]  # which factor x meets first
-ORDERS: tuple[Order, ...] = get_args(Order)
 
 
 @cache

@@ -12,8 +12,9 @@ from math import prod
 
 import torch
 
+from ..choices import Layout
 from ..errors import FactorError, FormatError
-from ..factors import Layout, choose_factors
+from ..factors import choose_factors
 from .names import to_file_name
 from .record import AdapterFile, LayerUpdate
 

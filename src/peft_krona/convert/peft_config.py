@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
+from ..choices import Layout
 from ..config import PEFT_PREFIX, KronAConfig
 from ..errors import FormatError
-from ..factors import Layout
 from .names import to_module_name
 
 

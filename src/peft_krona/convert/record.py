@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..choices import LAYOUTS, Layout
 from ..config import KronAConfig
 from ..errors import FormatError, ShapeError
-from ..factors import LAYOUTS, Layout
 from ..ops import kron_delta_weight
 from .peft_config import config_of
 from .shapes import shapes_of_models

@@ -14,9 +14,10 @@ from peft.utils.quantization_utils import quantization_extra_repr, resolve_quant
 from torch import nn
 
 from .._compat import is_offloaded
-from ..config import Init, KronAConfig, scaling_factor
+from ..choices import Init, Layout
+from ..config import KronAConfig, scaling_factor
 from ..errors import MergeError, UnsupportedLayerError
-from ..factors import Layout, choose_factors
+from ..factors import choose_factors
 from .base_weight import BaseWeightSnapshot, Share, dequantized, is_float8, subtract_with_warning
 from .offload import onloaded
 

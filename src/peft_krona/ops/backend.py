@@ -8,15 +8,13 @@ import importlib.util
 import logging
 import os
 from importlib import metadata
-from typing import Literal, TypeAlias
 
 import torch
 
 from .._compat import sees_single_ops
+from ..choices import BACKENDS, Backend
 from ..errors import BackendError
 
-Backend: TypeAlias = Literal["torch", "triton"]
-BACKENDS: tuple[Backend, ...] = ("torch", "triton")
 # "torch" also on GPUs: the Triton kernels have not been timed on one yet (docs/performance.md).
 DEFAULT = os.environ.get("PEFT_KRONA_BACKEND") or "torch"
 

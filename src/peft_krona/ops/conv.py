@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from .._compat import functorch_active
+from ..choices import Layout
 from ..errors import ShapeError
-from ..factors import Layout, cheaper_order
+from ..factors import cheaper_order
 from .dtypes import compute_dtype
 from .plan import check_factors, check_layout, check_values
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from ..factors import Layout
+from ..choices import Layout
 from .plan import check_factors, check_layout
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..factors import Layout
+from ..choices import Layout
 from .plan import check_factors, check_layout, check_values
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from ..factors import Layout
+from ..choices import Layout
 
 
 def delta_weight_loop(A: torch.Tensor, B: torch.Tensor, scale: float = 1.0, layout: Layout = "kron") -> torch.Tensor:

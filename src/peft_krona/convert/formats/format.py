@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from peft.utils.other import get_pattern_key
 
+from ...choices import Layout
 from ...errors import FormatError
-from ...factors import Layout
 from ..record import LayerUpdate
 
 Parts = Mapping[str, torch.Tensor]  # one layer's tensors: {ending of the key: tensor}
