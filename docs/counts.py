@@ -137,7 +137,30 @@ def tables() -> dict[str, str]:
         title = f"**{narrow}**" if narrow == wide else f"**{narrow}**; wide: **{wide}**"
         rows.append((title, lambda name, n=narrow, w=wide: krona(name, *(w if name in WIDE_MODELS else n))))
     found["lokr"] = table([*MODELS], rows)
+    found["settings"] = settings_table()
     return found
+
+
+def settings_table() -> str:
+    """What to write in the place of a LoRA or a LoKr, and where to start with the learning rate."""
+    rows = [(f"LoRA r={rank}", NARROW[rank], WIDE[rank]) for rank in NARROW]
+    for (factor, dimension), (narrow, wide) in LOKR.items():
+        size = "full" if dimension is None else f"dimension {dimension}"
+        rows.append((f"LoKr factor={factor}, {size}", narrow, wide))
+    lines = [
+        "| instead of | a_out, a_in on SD1.5, SDXL, SD3.5 | learning rate | ... on Flux.1, klein | learning rate |",
+        "|---|---|---|---|---|",
+    ]
+    for title, narrow, wide in rows:
+        rate = "5e-4 (paper)" if (narrow.a_out, narrow.a_in) == (64, 4) else _rate(narrow)
+        cells = (title, f"{narrow.a_out}, {narrow.a_in}", rate, f"{wide.a_out}, {wide.a_in}", _rate(wide))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _rate(setting: KronA) -> str:
+    """5e-4 * a_out / 64: the step of dW that (64, 4) makes at 5e-4."""
+    return f"{5e-4 * setting.a_out / 64:.0e}".replace("e-0", "e-")
 
 
 def _krona(name: str, setting: KronA) -> int:
