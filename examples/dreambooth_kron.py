@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DreamBooth with a Kronecker adapter, for Stable Diffusion 1.x, 2.x and SDXL.
+"""DreamBooth with a Kronecker adapter, for the families of models in examples/dreambooth/families/.
 
     python examples/dreambooth_kron.py                          # the shipped pipeline and subject, minutes on a CPU
     accelerate launch examples/dreambooth_kron.py --mixed_precision fp16 --output_dir output/my-dog \\
@@ -55,16 +55,23 @@ from examples.dreambooth import (
     data,
     demo,
     evaluate,
+    families,
     init_adapter,
     objective,
     optim,
     sharded,
 )
-from examples.dreambooth.arguments import adapter_config, parse_args, public_settings, settings
+from examples.dreambooth.arguments import (
+    adapter_config,
+    check_family,
+    parse_args,
+    public_settings,
+    settings,
+    without_effect_on,
+)
 from examples.dreambooth.checkpoint import Checkpoints, is_write_error
 from examples.dreambooth.class_images import make_class_images
 from examples.dreambooth.exports import export_for_other_tools, remove_exports
-from examples.dreambooth.families import known
 from examples.dreambooth.families.base import Trained
 from examples.dreambooth.files import TEMPORARY, aside, clean, remove, replace_folder
 from examples.dreambooth.prompts import TextEmbeddings, say_cut
@@ -73,6 +80,9 @@ from examples.dreambooth.prompts import TextEmbeddings, say_cut
 def main(args: Any) -> dict[str, Any]:
     """Train as `args` say; returns the closing summary."""
     started = time.time()
+    index = evaluate.read_index(args.pretrained_model_name_or_path, args.revision, args.cache_dir)
+    kind = families.family_of(index, args.pretrained_model_name_or_path)
+    check_family(args, kind)
     output = Path(args.output_dir)
     name = args.hub_model_id or output.resolve().name
     accelerator = Accelerator(
@@ -82,7 +92,9 @@ def main(args: Any) -> dict[str, Any]:
         project_config=ProjectConfiguration(project_dir=output, logging_dir=output / args.logging_dir),
         kwargs_handlers=[
             # SDXL's first text encoder ends before its last layer, and skipped layers have no gradient
-            DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder or args.module_dropout != 0)
+            DistributedDataParallelKwargs(
+                find_unused_parameters=args.train_text_encoder or args.module_dropout != 0 or kind.spare
+            )
         ],
     )
     sharded.load_whole(accelerator)
@@ -110,9 +122,18 @@ def main(args: Any) -> dict[str, Any]:
         revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
     )  # fmt: skip
     pipe = load_base()
-    family = known()[type(pipe).__name__](pipe)
-    base, encoders = getattr(pipe, family.denoiser), family.text_encoders()
-    goal = objective.NoisePrediction(pipe.scheduler.config, args.snr_gamma, args.noise_offset)
+    family = families.of(pipe, args.max_sequence_length, args.guidance_scale)
+    for note in without_effect_on(args, family):
+        say(f"warning: {note}")
+    base, encoders = family.model, family.text_encoders()
+    if family.objective == "noise":
+        goal = objective.NoisePrediction(pipe.scheduler.config, args.snr_gamma, args.noise_offset)
+    else:
+        goal = objective.RectifiedFlow(
+            pipe.scheduler.config, args.weighting_scheme or family.weighting, args.logit_mean, args.logit_std,
+            args.mode_scale, shift=family.shift if args.resolution_shift and family.shifts() else None,
+            precondition=family.precondition if args.precondition_outputs is None else bool(args.precondition_outputs),
+        )  # fmt: skip
     resolution = args.resolution or family.resolution()
     buckets = data.choose_buckets(args.aspect_ratio_buckets, resolution, family.multiple())
 
@@ -176,7 +197,7 @@ def main(args: Any) -> dict[str, Any]:
         trained = init_adapter.begin(pipe, source, family.denoiser, vars(args), args.train_text_encoder, say)
     else:
         text_config = adapter_config(args, "text_encoder") if args.train_text_encoder else None
-        trained = adapters.add(pipe, adapter_config(args, family.denoiser), text_config)
+        trained = adapters.add(pipe, adapter_config(args, family.denoiser, family.targets()), text_config)
     cast_training_params(list(trained.values()), dtype=torch.float32)
     if args.enable_xformers_memory_efficient_attention:
         if not is_xformers_available():
@@ -260,17 +281,18 @@ def main(args: Any) -> dict[str, Any]:
         generator=torch.Generator().manual_seed(args.seed), worker_init_fn=left_to_the_main_process,
     )  # fmt: skip
     count = sum(adapters.trainable(m) for m in trained.values())
-    kind = type(pipe).__name__
-    say(f"{kind}: {len(pictures)} images, {len(class_pictures)} class images, {len(batches.groups)} shape(s)")
+    name_of_class = index["_class_name"]
+    say(f"{name_of_class}: {len(pictures)} images, {len(class_pictures)} class images, {len(batches.groups)} shape(s)")
     say(f"{args.adapter_type} on {', '.join(trained)}: {count:,} trainable parameters")
     global_batch = batches.global_batch * args.gradient_accumulation_steps
     say(f"{total} updates of {global_batch} images, {weight_dtype}, on {device}")
 
     def validate(phase: str, pipeline: Any, at: int) -> list:
         """Fixed-seed images to trackers and disk (main process)."""
+        settings = families.of(pipeline, args.max_sequence_length).sampling(args.validation_guidance_scale)
         images = evaluate.validation(
             pipeline, args.validation_prompt, args.num_validation_images, args.seed, buckets[0], accelerator.autocast(),
-            num_inference_steps=args.validation_inference_steps, **family.sampling(args.validation_guidance_scale),
+            num_inference_steps=args.validation_inference_steps, **settings,
         )  # fmt: skip
         evaluate.track(accelerator, phase, images, shown_prompts, at)
         evaluate.save_images(images, output / "validation" / f"{phase}-{at}", args.num_validation_images)
@@ -378,7 +400,7 @@ def main(args: Any) -> dict[str, Any]:
     if not interrupted:
         interrupts.check()
     summary = {
-        "pipeline": kind,
+        "pipeline": name_of_class,
         "adapter": args.adapter_type,
         "trainable parameters": count,
         "adapter file, bytes": adapters.file_size(output) if accelerator.is_main_process else 0,

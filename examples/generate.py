@@ -34,10 +34,9 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 
-from examples.dreambooth import TrainingError, adapters
+from examples.dreambooth import TrainingError, adapters, families
 from examples.dreambooth.arguments import positive_int
 from examples.dreambooth.evaluate import exact_decoding, for_sampling, load_pipeline, only_variant
-from examples.dreambooth.families import known
 from examples.dreambooth.files import aside
 from examples.dreambooth.prompts import say_cut
 from peft_krona import merged
@@ -122,7 +121,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     output = writable_folder(args.output_dir)  # before the work, not after it
     pipe = load_pipeline(base, dtype, variant=args.variant, revision=args.revision)
     check_size(pipe, args.height, args.width)
-    say_cut(known()[type(pipe).__name__](pipe).windows(), [*args.prompt, *filter(None, [args.negative_prompt])], print)
+    say_cut(families.of(pipe).windows(), [*args.prompt, *filter(None, [args.negative_prompt])], print)
     refiner = load_refiner(args, pipe, dtype)
     for part in filter(None, (pipe, refiner)):
         part.enable_model_cpu_offload(device=device) if args.offload else part.to(device)

@@ -591,7 +591,13 @@ def test_checkpoints_that_were_set_aside(tmp_path, capsys):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("precious")
     accelerator = SimpleNamespace(
-        is_main_process=True, num_processes=1, print=print, load_state=lambda path: None, wait_for_everyone=lambda: None
+        is_main_process=True,
+        num_processes=1,
+        print=print,
+        load_state=lambda path: None,
+        wait_for_everyone=lambda: None,
+        distributed_type="NO",
+        is_fsdp2=False,
     )
     settings = {"lr_scheduler": "constant", "optimizer": "AdamW"}
     run = checkpoint.Checkpoints(accelerator, tmp_path, settings, overwrite=True)

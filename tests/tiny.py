@@ -100,10 +100,10 @@ DENOISERS: dict[str, dict] = {
 }  # fmt: skip
 
 
-def tiny_denoiser(name: str) -> torch.nn.Module:
+def tiny_denoiser(name: str, **changes) -> torch.nn.Module:
     """A denoiser by its class in diffusers."""
     torch.manual_seed(0)
-    return getattr(diffusers, name)(**DENOISERS[name]).eval()
+    return getattr(diffusers, name)(**{**DENOISERS[name], **changes}).eval()
 
 
 @lru_cache

@@ -20,7 +20,7 @@ from peft_krona.pipelines import add_krona, load_krona_weights, save_krona_weigh
 
 from . import TrainingError, lora, sharded
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")  # what can be trained, each in a folder of its name
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")  # each is trained in a folder of its name
 
 
 def add(pipe: Any, config: PeftConfig, text_config: PeftConfig | None = None) -> dict[str, nn.Module]:
@@ -37,7 +37,7 @@ def add(pipe: Any, config: PeftConfig, text_config: PeftConfig | None = None) ->
             return add_krona(pipe, config, text_encoder_config=text_config)
         return lora.add(pipe, config, text_config)
     except (KronAError, ValueError) as error:
-        names = COMPONENTS if text_config is not None else COMPONENTS[:1]
+        names = COMPONENTS if text_config is not None else COMPONENTS[:2]
         parts = [name for name in names if getattr(pipe, name, None) is not None]
         raise TrainingError(f"The adapter does not fit the {', '.join(parts)}: {error}") from error
 

@@ -18,9 +18,11 @@ from peft import LoKrConfig, LoraConfig, PeftConfig
 
 from peft_krona import KronAConfig
 from peft_krona.errors import KronAError
+from peft_krona.targets import ATTENTION
 
 from . import TrainingError
 from .config_file import read_config
+from .families.base import Family
 
 SCHEDULES = (
     "linear",
@@ -44,16 +46,15 @@ LOCAL = (
 PATHS_OR_IDS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name", "init_adapter")
 AT_LEAST_0 = (
     "max_grad_norm", "prior_loss_weight", "lr_warmup_steps", "learning_rate", "learning_rate_a", "learning_rate_b",
-    "text_encoder_lr", "adam_weight_decay", "adam_weight_decay_text_encoder", "adam_epsilon",
+    "text_encoder_lr", "adam_weight_decay", "adam_weight_decay_text_encoder", "adam_epsilon", "guidance_scale",
     "dataloader_num_workers", "num_validation_images",
 )  # fmt: skip
-ABOVE_0 = ("snr_gamma", "alpha")
+ABOVE_0 = ("snr_gamma", "alpha", "logit_std")
 KRONA_FLAGS = ("krona_a_out", "krona_a_in", "strict_factors", "scaling", "init_weights", "layout")
 DECIDED_BY_THE_FILE = (
     "krona_a_out", "krona_a_in", "rank", "layout", "alpha", "scaling", "target_modules", "text_encoder_target_modules",
     "adapter_dropout", "module_dropout", "init_weights", "strict_factors",
 )  # fmt: skip
-UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": r"to_out\.0"}
 CLASS_FLAGS = (
@@ -67,13 +68,16 @@ VALIDATION_FLAGS = (
     "validation_guidance_scale",
 )  # fmt: skip
 WARMING_UP = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup")
+NOISE_FLAGS = ("snr_gamma", "noise_offset")
+FLOW_FLAGS = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "precondition_outputs", "resolution_shift")
+SCHEMES = ("none", "logit_normal", "mode", "sigma_sqrt", "cosmap")
 TEXT_FLAGS = ("text_encoder_lr", "text_encoder_target_modules", "adam_weight_decay_text_encoder")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dreambooth_kron.py",
-        description="DreamBooth with a Kronecker adapter (or LoRA, or LoKr) for Stable Diffusion 1.x, 2.x and SDXL.",
+        description="DreamBooth with a Kronecker adapter (or LoRA, or LoKr) for text-to-image models of many families.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -91,12 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("model")
-    group.add_argument("--pretrained_model_name_or_path", help="Pipeline folder or Hub id (SD 1.x, 2.x or SDXL).")
+    group.add_argument("--pretrained_model_name_or_path", help="Pipeline folder or Hub id.")
     group.add_argument("--pretrained_vae_model_name_or_path", help="Another VAE, e.g. the fp16 fix for SDXL.")
     group.add_argument("--revision", help="Revision of the pipeline on the Hub.")
     group.add_argument("--variant", help="Variant of the weight files, e.g. fp16.")
     group.add_argument("--cache_dir", help="Where downloads are kept.")
-    group.add_argument("--train_text_encoder", action="store_true", help="Adapt the text encoder too (both on SDXL).")
+    group.add_argument("--train_text_encoder", action="store_true", help="SD, SDXL: adapt the text encoders too.")
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -149,14 +153,14 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--target_modules",
         nargs="+",
-        help="UNet modules to adapt: names, or one regular expression. Default: to_q to_k to_v to_out.0.",
+        help="Modules to adapt: names, or one regular expression. Default: those of diffusers' script for the family.",
     )
     group.add_argument("--text_encoder_target_modules", nargs="+", help="Default: q_proj k_proj v_proj out_proj.")
     group.add_argument("--krona_a_out", type=positive_int, default=64, help="Rows of A (the paper's a2).")
     group.add_argument("--krona_a_in", type=positive_int, default=4, help="Columns of A (the paper's a1).")
     for part in "qkvo":
-        group.add_argument(f"--krona_unet_{part}_a_out", type=positive_int, help=f"The same for the UNet's {part}.")
-        group.add_argument(f"--krona_unet_{part}_a_in", type=positive_int, help=f"The same for the UNet's {part}.")
+        group.add_argument(f"--krona_unet_{part}_a_out", type=positive_int, help=f"The same for the denoiser's {part}.")
+        group.add_argument(f"--krona_unet_{part}_a_in", type=positive_int, help=f"The same for its {part}.")
     group.add_argument(
         "--strict_factors",
         action="store_true",
@@ -214,16 +218,32 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="Clip gradients; 0: do not.")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: accelerate's setting.")
     group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products.")
-    group.add_argument("--snr_gamma", type=float, help="Min-SNR loss weights; 5.0 is usual.")
-    group.add_argument("--noise_offset", type=float, default=0.0, help="Adds a constant of this size to the noise.")
+    group.add_argument("--snr_gamma", type=float, help="SD, SDXL: min-SNR loss weights; 5.0 is usual.")
+    group.add_argument("--noise_offset", type=float, default=0.0, help="SD, SDXL: adds a constant to the noise.")
     group.add_argument(
         "--enable_xformers_memory_efficient_attention",
         action="store_true",
         help="Default: PyTorch's scaled_dot_product_attention.",
     )
-    group.add_argument("--torch_compile", action="store_true", help="Compile the UNet.")
+    group.add_argument("--torch_compile", action="store_true", help="Compile the denoiser's blocks.")
     group.add_argument("--offload", action="store_true", help="Keep VAE and text encoders on the CPU while not in use.")
     group.add_argument("--local_rank", type=int, default=-1, help="Set by launchers.")
+
+    group = parser.add_argument_group("flow matching (every family but SD 1.x, 2.x and SDXL)")
+    group.add_argument("--weighting_scheme", choices=SCHEMES, help="Default: logit_normal on SD3, else none.")
+    group.add_argument("--logit_mean", type=float, default=0.0, help="Mean of logit_normal.")
+    group.add_argument("--logit_std", type=float, default=1.0, help="Standard deviation of logit_normal.")
+    group.add_argument("--mode_scale", type=float, default=1.29, help="Scale of mode.")
+    group.add_argument(
+        "--precondition_outputs", type=int, choices=(0, 1), help="Loss of the image, not velocity; default: 1 on SD3."
+    )
+    group.add_argument(
+        "--resolution_shift",
+        action="store_true",
+        help="Shift sigmas with the images' size as the pipeline does when it samples; default: as diffusers' scripts.",
+    )
+    group.add_argument("--guidance_scale", type=float, default=3.5, help="What guidance-distilled models are told.")
+    group.add_argument("--max_sequence_length", type=positive_int, help="Tokens of a prompt; default: the pipeline's.")
 
     group = parser.add_argument_group("optimizer")
     group.add_argument(
@@ -400,9 +420,6 @@ def check(args: argparse.Namespace) -> None:
 def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
     """A sentence for each group of flags that were given but do nothing here."""
 
-    def given(names: Sequence[str]) -> list[str]:
-        return [f"--{name}" for name in names if getattr(args, name) != parser.get_default(name)]
-
     kind, schedule, optimizer = args.adapter_type, args.lr_scheduler, args.optimizer.lower()
     cases = (
         (KRONA_FLAGS, kind != "krona", "only with --adapter_type krona"),
@@ -427,7 +444,44 @@ def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
         (("revision",), os.path.isdir(args.pretrained_model_name_or_path), "the model is a folder on this disk"),
         (TEXT_FLAGS, not args.train_text_encoder, "only with --train_text_encoder"),
     )
+    return idle_flags(args, parser, cases)
+
+
+def idle_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, cases: Sequence[tuple]) -> list[str]:
+    """A sentence for each of the cases (names, whether they do nothing, why) with flags that were given."""
+
+    def given(names: Sequence[str]) -> list[str]:
+        return [f"--{name}" for name in names if getattr(args, name) != parser.get_default(name)]
+
     return [f"{', '.join(given(names))} has no effect: {why}." for names, idle, why in cases if idle and given(names)]
+
+
+def check_family(args: argparse.Namespace, family: type[Family]) -> None:
+    """Raises TrainingError if flags ask for what this family does not have."""
+    if args.train_text_encoder and not family.trains_text:
+        raise TrainingError(
+            f"--train_text_encoder: the text encoders of {family.title} are not trained, only those of Stable "
+            "Diffusion 1.x, 2.x and XL; drop the flag."
+        )
+    length, limit = args.max_sequence_length, family.sequence[1] if family.sequence else None
+    if limit and length and length > limit:
+        raise TrainingError(f"--max_sequence_length {length}: {family.title} reads at most {limit} tokens.")
+
+
+def without_effect_on(args: argparse.Namespace, family: Family) -> list[str]:
+    """As `without_effect`, for what the family decides."""
+    parser, flow = build_parser(), family.objective == "flow"
+    scheme = args.weighting_scheme or family.weighting
+    cases = (
+        (NOISE_FLAGS, flow, f"{family.title} is trained by flow matching"),
+        (FLOW_FLAGS, not flow, f"{family.title} is trained to predict noise, not by flow matching"),
+        (("logit_mean", "logit_std"), flow and scheme != "logit_normal", "only with --weighting_scheme logit_normal"),
+        (("mode_scale",), flow and scheme != "mode", "only with --weighting_scheme mode"),
+        (("resolution_shift",), flow and not family.shifts(), "this pipeline's scheduler does not shift with the size"),
+        (("guidance_scale",), not family.distilled, "this model is not guidance-distilled"),
+        (("max_sequence_length",), not family.sequence, f"{family.title} reads prompts of one length"),
+    )
+    return idle_flags(args, parser, cases)
 
 
 def complete(args: argparse.Namespace) -> None:
@@ -455,14 +509,16 @@ def complete(args: argparse.Namespace) -> None:
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
 
 
-def adapter_config(args: argparse.Namespace, part: str) -> PeftConfig:
+def adapter_config(args: argparse.Namespace, part: str, usual: Sequence[str] = ATTENTION) -> PeftConfig:
     """The adapter's settings for the denoiser ("unet" or "transformer") or a text encoder.
+
+    `usual`: the denoiser's layers if no flag names others.
 
     Raises:
         TrainingError: if a value is not allowed.
     """
     if part != "text_encoder":
-        flag, targets = "--target_modules", args.target_modules or UNET_TARGETS
+        flag, targets = "--target_modules", args.target_modules or list(usual)
     else:
         flag, targets = "--text_encoder_target_modules", args.text_encoder_target_modules or TEXT_TARGETS
     if isinstance(targets, str):

@@ -21,27 +21,38 @@ from .families import family_of
 from .files import TEMPORARY, remove, replace_folder
 
 
+def read_index(path: str, revision: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
+    """The model_index.json of a pipeline, which names its class and components.
+
+    Raises:
+        TrainingError: if there is none at `path`.
+    """
+    looks_local = os.path.isdir(path) or path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not os.path.isfile(os.path.join(path, "model_index.json")):
+        what = "has no model_index.json" if os.path.isdir(path) else "does not exist"
+        raise TrainingError(f"{path} {what}: expected the folder of a diffusers pipeline, or an id on the Hub.")
+    given = {k: v for k, v in (("revision", revision), ("cache_dir", cache_dir)) if v is not None}
+    try:
+        return dict(DiffusionPipeline.load_config(path, **given))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path} could not be loaded as a diffusers pipeline: {one_line(error)}") from error
+
+
 def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
     """A pipeline of one of the known families.
 
     Raises:
         TrainingError: if there is none at `path`, it is of another kind, or lacks a component.
     """
-    looks_local = os.path.isdir(path) or path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not os.path.isfile(os.path.join(path, "model_index.json")):
-        what = "has no model_index.json" if os.path.isdir(path) else "does not exist"
-        raise TrainingError(f"{path} {what}: expected the folder of a diffusers pipeline, or an id on the Hub.")
+    index = read_index(path, kwargs.get("revision"), kwargs.get("cache_dir"))
+    family_of(index, path)
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     if "variant" not in kwargs and (variant := only_variant(Path(path))):
         print(f"note: {path} has weights of the variant {variant} only, which are taken.")
         kwargs["variant"] = variant
+    if "safety_checker" in index:
+        kwargs |= {"safety_checker": None, "requires_safety_checker": False}
     try:
-        config = DiffusionPipeline.load_config(
-            path, **{k: v for k, v in kwargs.items() if k in ("revision", "cache_dir")}
-        )
-        family_of(config, path)
-        if "safety_checker" in config:
-            kwargs |= {"safety_checker": None, "requires_safety_checker": False}
         pipe = DiffusionPipeline.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path} could not be loaded as a diffusers pipeline: {one_line(error)}") from error
@@ -132,6 +143,7 @@ def sample(
     size: tuple[int | None, int | None],
     batch: int = 4,
     say: Callable[[str], None] | None = None,
+    negative_prompt: str | None = None,
     **kwargs: Any,
 ) -> list[Image.Image | None]:
     """One image per pair of prompt and seed. Each has its own generator, so batches change nothing but rounding.
@@ -144,7 +156,10 @@ def sample(
         part = slice(start, start + batch)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
         with exact_decoding(pipe.vae) as finite:
-            drawn = pipe(prompt=prompts[part], generator=generators, height=size[0], width=size[1], **kwargs).images
+            per_image = {"prompt": prompts[part], "generator": generators}
+            if negative_prompt is not None:
+                per_image["negative_prompt"] = [negative_prompt] * len(generators)
+            drawn = pipe(**per_image, height=size[0], width=size[1], **kwargs).images
         images += [image if whole else None for image, whole in zip(drawn, finite, strict=True)]
     black = [i for i, image in enumerate(images) if image is None]
     if black:

@@ -19,8 +19,8 @@ PREFIX = "base_model.model."  # what PEFT puts before module names in its files
 
 
 def add(pipe: Any, config: PeftConfig, text_config: PeftConfig | None) -> dict[str, nn.Module]:
-    """Add the adapter "default" to the UNet and, with `text_config`, to the text encoders."""
-    configs = {"unet": config}
+    """Add the adapter "default" to the denoiser and, with `text_config`, to the text encoders."""
+    configs = {"unet": config, "transformer": config}
     if text_config is not None:
         configs |= {"text_encoder": text_config, "text_encoder_2": text_config}
     models = {name: getattr(pipe, name) for name in configs if getattr(pipe, name, None) is not None}

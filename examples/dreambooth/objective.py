@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from diffusers import DDPMScheduler
-from diffusers.training_utils import compute_snr
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+    compute_snr,
+)
 from torch.nn.functional import mse_loss
 
 from . import TrainingError
@@ -69,6 +74,57 @@ class NoisePrediction:
         return (self.snr_gamma / snr).clamp(max=1)  # min(snr, gamma) / snr, also where snr is 0
 
 
+class RectifiedFlow:
+    """Straight lines from images (sigma 0) to noise (sigma 1); the velocity, noise - image, is predicted.
+
+    Sigmas, their density and the weights are those of SD3 (arXiv 2403.03206), from diffusers.training_utils.
+
+    Args:
+        scheduler_config: of the pipeline; a fixed shift of the sigmas in it is used.
+        scheme: "none", "logit_normal", "mode", "sigma_sqrt" or "cosmap". logit_mean, logit_std, mode_scale: of it.
+        precondition: measure the error in the image that the velocity leads to, which is sigma times as large.
+        shift: mu by height and width of the latents, to shift the sigmas as the pipeline does when it samples.
+    """
+
+    def __init__(
+        self,
+        scheduler_config: Any,
+        scheme: str = "none",
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        mode_scale: float = 1.29,
+        *,
+        precondition: bool = False,
+        shift: Callable[[int, int], float] | None = None,
+    ):
+        self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
+        self.scheme, self.logit_mean, self.logit_std, self.mode_scale = scheme, logit_mean, logit_std, mode_scale
+        self.precondition, self.shift = precondition, shift
+
+    def noise(self, shape: torch.Size, rng: torch.Generator) -> torch.Tensor:
+        return torch.randn(shape, generator=rng)
+
+    def time(self, shape: torch.Size, rng: torch.Generator) -> torch.Tensor:
+        """The index of a sigma."""
+        u = compute_density_for_timestep_sampling(
+            self.scheme, 1, self.logit_mean, self.logit_std, self.mode_scale, generator=rng
+        )
+        steps = self.scheduler.config.num_train_timesteps
+        return (u[0] * steps).long().clamp(0, steps - 1)  # u can round to 1
+
+    def add_noise(
+        self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        sigmas = self.scheduler.sigmas.to(times.device)[times]
+        if self.shift is not None:
+            sigmas = self.scheduler.time_shift(self.shift(*latents.shape[-2:]), 1.0, sigmas)
+        s = sigmas.view(-1, 1, 1, 1)
+        weight = compute_loss_weighting_for_sd3(self.scheme, sigmas)
+        if self.precondition:
+            weight = weight * sigmas**2
+        return (1 - s) * latents + s * noise, sigmas, noise - latents, weight
+
+
 def draw(
     batch: dict[str, Any], shape: torch.Size, seed: int, objective: Objective, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -83,5 +139,6 @@ def draw(
 
 def loss_of(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Mean over the samples of weight times mean squared error."""
-    loss = mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    precise = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
+    loss = mse_loss(prediction.to(precise), target.to(precise), reduction="none").mean(dim=(1, 2, 3))
     return (loss * weight).mean()

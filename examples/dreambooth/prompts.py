@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import TrainingError
 from .families.base import Family, Text
 
 
@@ -15,19 +16,30 @@ def say_cut(encoders: Iterable[tuple[Any, int]], prompts: Iterable[str], say: Ca
     """Say which prompts are longer than what the text encoders read, and what of the first is lost.
 
     `encoders`: the tokenizer and the number of tokens that its encoder is given, special ones included.
+
+    Raises:
+        TrainingError: if an encoder has no room for any prompt.
     """
-    lost: dict[str, str] = {}
+    lost: dict[str, tuple[int, str, int, int]] = {}
     for tokenizer, limit in encoders:
+        if limit < 1:
+            raise TrainingError(
+                f"--max_sequence_length: the text encoder's template and a prompt of one token need {1 - limit} more; "
+                "raise it, or leave it out."
+            )
         for prompt in dict.fromkeys(prompts):
             ids = tokenizer(prompt, truncation=False).input_ids
             if len(ids) > limit:
-                tail = tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True).strip()
-                lost[prompt] = max(tail, lost.get(prompt, ""), key=len)
+                kept = limit - (ids[-1] == tokenizer.eos_token_id)  # the end mark stays
+                tail = tokenizer.decode(ids[kept:], skip_special_tokens=True).strip()
+                found = (len(tail), tail, len(ids), limit)
+                lost[prompt] = max(found, lost.get(prompt, found))
     if lost:
         first = next(iter(lost))
+        _, tail, length, limit = lost[first]
         say(
-            f"warning: {len(lost)} prompts are longer than what the text encoder reads, and are cut; the first, "
-            f"{first[:40]!r}..., loses its end {lost[first]!r}."
+            f"warning: {len(lost)} prompts are longer than what the text encoder reads, and are cut: shorten them; the "
+            f"first, {first[:40]!r}... with {length} tokens of at most {limit}, loses its end {tail!r}."
         )
 
 

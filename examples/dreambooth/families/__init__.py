@@ -21,6 +21,11 @@ def known() -> dict[str, type[Family]]:
     return {name: family for family in families if issubclass(family, Family) for name in family.pipelines}
 
 
+def of(pipe: Any, *settings: Any) -> Family:
+    """The family of a pipeline that `evaluate.load_pipeline` gave. `settings`: as `Family` takes them."""
+    return known()[type(pipe).__name__](pipe, *settings)
+
+
 def family_of(index: Mapping[str, Any], where: str) -> type[Family]:
     """The family of a pipeline, from its model_index.json, before anything large is read.
 

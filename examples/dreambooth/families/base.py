@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_krona.targets import default_target_modules
+
 Text = dict[str, Any]
 
 
@@ -17,8 +19,11 @@ class Family:
     Attributes:
         title: for messages. pipelines: names of diffusers' classes. components: what such a pipeline must have.
         denoiser: the component that is trained. objective: "noise" (DDPM) or "flow" (rectified flow).
-        weighting: the default --weighting_scheme. trains_text: whether its text encoders can be adapted.
-        guidance: the default of --validation_guidance_scale. tags: for the model card.
+        weighting: the default --weighting_scheme. precondition: the default --precondition_outputs.
+        sequence: (usual, largest) --max_sequence_length; None if the text encoders have a fixed length.
+        spare: whether layers are adapted whose result the model drops, so that they have no gradient.
+        trains_text: whether its text encoders can be adapted. guidance: the default of --validation_guidance_scale.
+        tags: for the model card.
     """
 
     title = ""
@@ -27,12 +32,31 @@ class Family:
     denoiser = "transformer"
     objective = "flow"
     weighting = "none"
+    precondition = False
+    sequence: tuple[int, int] | None = None
+    spare = False
     trains_text = False
     guidance = 4.0
     tags: tuple[str, ...] = ()
 
-    def __init__(self, pipe: Any):
+    def __init__(self, pipe: Any, max_sequence_length: int | None = None, guidance_scale: float = 3.5):
+        """`max_sequence_length`: tokens of a prompt. `guidance_scale`: what a guidance-distilled model is told."""
         self.pipe = pipe
+        self.max_sequence_length = max_sequence_length or (self.sequence[0] if self.sequence else None)
+        self.guidance_scale = guidance_scale
+
+    @property
+    def model(self) -> Any:
+        return getattr(self.pipe, self.denoiser)
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the model is told a guidance scale."""
+        return bool(self.model.config.get("guidance_embeds"))
+
+    def targets(self) -> list[str]:
+        """Names of the layers that are adapted by default."""
+        return sorted(default_target_modules(self.model))
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -44,12 +68,28 @@ class Family:
         """What sides of images are multiples of, in pixels."""
         return self.pipe.vae_scale_factor * 2
 
+    def shifts(self) -> bool:
+        """Whether the pipeline's scheduler shifts noise levels with the size of the image."""
+        return bool(self.pipe.scheduler.config.get("use_dynamic_shifting"))
+
+    def shift(self, height: int, width: int) -> float:
+        """mu, by which the pipeline shifts the noise levels of latents of this size, if its scheduler is told to.
+
+        Usual: a line in the number of 2 x 2 patches, as in diffusers' FluxPipeline.
+        """
+        config = self.pipe.scheduler.config
+        (x0, y0), (x1, y1) = (
+            (config.get("base_image_seq_len", 256), config.get("base_shift", 0.5)),
+            (config.get("max_image_seq_len", 4096), config.get("max_shift", 1.15)),
+        )
+        return y0 + (y1 - y0) / (x1 - x0) * (height * width / 4 - x0)
+
     # -- text ----------------------------------------------------------------------------------------------------------
 
     def text_encoders(self) -> dict[str, nn.Module]:
         """By component."""
         parts = self.pipe.components
-        return {name: parts[name] for name in self.components if name.startswith("text_encoder")}
+        return {name: parts[name] for name in sorted(parts) if name.startswith("text_encoder") and parts[name]}
 
     def windows(self) -> list[tuple[Any, int]]:
         """(tokenizer, tokens that its encoder reads, special ones included) of the text encoders."""
@@ -66,11 +106,19 @@ class Family:
     # -- images --------------------------------------------------------------------------------------------------------
 
     def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the latents as the denoiser sees them, b x c x h x w, in float32.
+        """Mean and standard deviation of the latents as the denoiser sees them, b x c x h x w, float32 or more.
 
         `pixels`: b x 3 x H x W from -1 to 1. A standard deviation of 0 means that the mode is taken.
         """
-        raise NotImplementedError
+        vae, config = self.pipe.vae, self.pipe.vae.config
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        shift, scale = config.get("shift_factor") or 0, config.scaling_factor
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            shift, std = (
+                torch.tensor(config[k], device=vae.device).view(1, -1, 1, 1) for k in ("latents_mean", "latents_std")
+            )
+            scale = scale / std
+        return (precise(posterior.mean) - shift) * scale, precise(posterior.std) * scale
 
     def conditions(self, batch: dict[str, Any], device: torch.device) -> Text:
         """What the denoiser is told about the images' sizes, by name; it reaches `predict` with the text."""
@@ -88,7 +136,22 @@ class Family:
 
     def sampling(self, guidance: float | None) -> dict[str, Any]:
         """The pipeline's arguments for this guidance."""
-        return {"guidance_scale": self.guidance if guidance is None else guidance}
+        length = {"max_sequence_length": self.max_sequence_length} if self.sequence else {}
+        return {"guidance_scale": self.guidance if guidance is None else guidance} | length
+
+    # -- for the families --------------------------------------------------------------------------------------------
+
+    def text_device(self) -> torch.device:
+        return next(iter(self.text_encoders().values())).device
+
+    def told_guidance(self, samples: int, device: torch.device) -> torch.Tensor | None:
+        """The guidance that a guidance-distilled model is told, per sample."""
+        return torch.full((samples,), self.guidance_scale, device=device) if self.distilled else None
+
+
+def precise(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class Trained(nn.Module):

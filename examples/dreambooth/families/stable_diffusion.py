@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_krona.targets import ATTENTION
+
 from .base import Family, Text
 
 
@@ -21,6 +23,9 @@ class StableDiffusion(Family):
     trains_text = True
     guidance = 7.0  # the DiffuseKronA paper's best
     tags = ("stable-diffusion",)
+
+    def targets(self) -> list[str]:
+        return list(ATTENTION)
 
     def resolution(self) -> int:
         size = self.pipe.unet.config.sample_size
@@ -57,19 +62,6 @@ class StableDiffusion(Family):
         encoders = list(self.text_encoders().values())
         encoded = self.encode(encoders, **self.tokens(prompts, encoders[0].device))
         return [{name: value[i] for name, value in encoded.items()} for i in range(len(prompts))]
-
-    # -- images --------------------------------------------------------------------------------------------------------
-
-    def encode_image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        vae, config = self.pipe.vae, self.pipe.vae.config
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        shift, scale = config.get("shift_factor") or 0, config.scaling_factor
-        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            shift, std = (
-                torch.tensor(config[k], device=vae.device).view(1, -1, 1, 1) for k in ("latents_mean", "latents_std")
-            )
-            scale = scale / std
-        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
 
     # -- UNet ----------------------------------------------------------------------------------------------------------
 
