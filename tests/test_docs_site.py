@@ -93,7 +93,7 @@ def test_commands_run(tmp_path, monkeypatch):
     add_krona(pipe)
     save_krona_weights(pipe, "output/my-adapter")
     found = [c[3:] for page in PAGES for c in commands(page) if c[:3] == ["python", "-m", "peft_krona"]]
-    assert len(found) == 4
+    assert len(found) == 5
     for arguments in found:
         assert main(arguments) == 0, arguments
 

@@ -27,13 +27,15 @@ LAYERS = [
     {"model"},
     {"peft_krona"},  # __init__
     {"sources", "inspection"},
-    {"pipelines"},
+    {"pipelines", "skeleton"},
+    {"suggest"},
+    {"plan"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # The only places where these are imported; "" is anywhere
 ALLOWED = {
-    "diffusers": ("pipelines", "convert"),
+    "diffusers": ("pipelines", "convert", "skeleton"),
     "triton": ("ops",),
     "bitsandbytes": (),
     "lycoris": (),
@@ -143,7 +145,7 @@ print("fine")
 def test_public_names():
     assert set(peft_krona.__all__) == {
         *("KronAConfig", "KronALayer", "KronAModel", "kron_linear", "krona_param_groups", "merged"),
-        *("add_krona", "load_krona_weights", "save_krona_weights"),
+        *("add_krona", "load_krona_weights", "save_krona_weights", "suggest_factors"),
     }
     assert all(getattr(peft_krona, name).__doc__ for name in peft_krona.__all__)
     assert set(peft_krona.__all__) <= set(dir(peft_krona))

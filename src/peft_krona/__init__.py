@@ -35,6 +35,7 @@ _diffusers.register()
 
 if TYPE_CHECKING:
     from .pipelines import add_krona, load_krona_weights, save_krona_weights
+    from .suggest import suggest_factors
 
 __version__ = "0.1.0"
 __all__ = [
@@ -47,9 +48,11 @@ __all__ = [
     "load_krona_weights",
     "merged",
     "save_krona_weights",
+    "suggest_factors",
 ]
 # {name: its module}, imported when it is asked for (PEP 562)
 _LAZY = {name: "pipelines" for name in ("add_krona", "load_krona_weights", "save_krona_weights")}
+_LAZY["suggest_factors"] = "suggest"
 _LAZY |= {name: "" for name in ("convert", "inspection", "pipelines")}
 
 

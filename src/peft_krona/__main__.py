@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m peft_krona convert | inspect | merge | extract"""
+"""python -m peft_krona convert | inspect | merge | extract | plan"""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from . import plan
 from .choices import LAYOUTS
 from .convert import (
     BASES,
@@ -55,6 +56,8 @@ _FLAGS = (
     (r"\bbase_model: ", "--base "),
     (r"\bbase_model\b", "--base"),
     (r"\bcomponent='(\w+)'", r"--component \1"),
+    (r"\bbudget='([^']*)'", r"--budget \1"),
+    (r"\btarget_modules\b", "--target-modules"),
     (r"\bpicture='([^']*)'", r"--plot \1"),
 )
 
@@ -72,7 +75,7 @@ def _in_flags(message: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m peft_krona", description="Kronecker adapters: files in and out.")
-    commands = parser.add_subparsers(required=True, metavar="convert|inspect|merge|extract")
+    commands = parser.add_subparsers(required=True, metavar="convert|inspect|merge|extract|plan")
 
     convert = commands.add_parser("convert", help="any adapter to a file for another tool, or to a PEFT folder")
     convert.add_argument("input", help="PEFT folder, released DiffuseKronA checkpoint, LoKr or LoRA file")
@@ -111,6 +114,10 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("--layout", choices=LAYOUTS, default="kron")
     extract.add_argument("--component", default="unet", help="the part of the pipeline that the weights are of")
     extract.set_defaults(run=_extract)
+
+    command = commands.add_parser(plan.NAME, help=plan.HELP)
+    plan.add_arguments(command)
+    command.set_defaults(run=plan.run)
     return parser
 
 

@@ -87,6 +87,17 @@ def find(source: str, weight_name: str | None = None, subfolder: str | None = No
     raise FormatError(f"The repository {source} holds no {expected}{_offline_hint()}.")
 
 
+def find_configs(source: str, **hub: Any) -> Path:
+    """A folder with the configs, and no weights, of a model or pipeline on the Hub (or in its cache).
+
+    Raises:
+        FormatError: if `source` is no id of a repository, or the Hub can't be reached and the cache has nothing.
+    """
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise FormatError(f"{source} does not exist, and is no id of a repository on the Hugging Face Hub (user/name).")
+    return _snapshot(source, ["model_index.json", "config.json", "*/config.json"], **hub)
+
+
 def _snapshot(source: str, patterns: list[str], **options: Any) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=patterns, **options))

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which scaling and initialisation has the same best learning rate whatever the factors, the terms and the width.
+
+    python -m benchmarks.learning_rates --out benchmarks/results/learning-rates.json
+
+Toy regressions: frozen random layers, and targets from the same layers plus an update of rank 4 that changes each output
+by 0.3 of its size. Adapters of every scheme are trained by Adam at every learning rate of a grid, all of a case at
+once, and what is kept is the loss at the end relative to the loss at the start. Finished cases are in the file and are
+not run again, so a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from .measure import environment
+from .run import save
+
+RATES = tuple(2.0**e for e in range(-14, -1))
+SEEDS = (0, 1)
+RANK, SIZE = 4, 0.3  # of the update that the targets are made with
+RAMP = 1.0  # standard deviations of the inputs' directions fall as 1/i^(RAMP/2)
+
+
+class Shape(NamedTuple):
+    """A width (out = in), the adapter on it, and how many layers there are, with ReLU between them."""
+
+    width: int
+    a_out: int
+    a_in: int
+    r: int
+    layers: int = 1
+
+    @property
+    def b_out(self) -> int:
+        return self.width // self.a_out
+
+    @property
+    def b_in(self) -> int:
+        return self.width // self.a_in
+
+
+BASE = Shape(512, 64, 4, 1)
+FACTORS = [Shape(512, *f, 1) for f in ((64, 4), (64, 16), (64, 64), (16, 16), (4, 64), (16, 2), (256, 2))]
+TERMS = [Shape(512, *f, r) for f, r in (((64, 4), 4), ((64, 4), 16), ((64, 64), 4))]
+WIDTHS = [Shape(w, *f, 1) for f in ((64, 4), (16, 16)) for w in (128, 256, 512, 1024)]
+DEEP = [
+    Shape(w, *f, 1, 3) for w, f in ((128, (64, 4)), (256, (64, 4)), (256, (16, 16)), (256, (64, 64)), (512, (64, 4)))
+]
+DEEP += [Shape(256, 64, 4, 4, 3)]
+SHAPES = tuple(dict.fromkeys([*FACTORS, *TERMS, *WIDTHS, *DEEP]))
+
+
+class Scheme(NamedTuple):
+    """Standard deviation of A's and of B's entries at the start, and s; each a function of the shape."""
+
+    std_a: Callable[[Shape], float]
+    std_b: Callable[[Shape], float]
+    s: Callable[[Shape], float]
+
+
+def zero(_: Shape) -> float:
+    return 0.0
+
+
+def kaiming(fan_in: int) -> float:
+    """Standard deviation of Kaiming-uniform with a = sqrt(5): U(-1, 1) / sqrt(fan_in)."""
+    return 1 / math.sqrt(3 * fan_in)
+
+
+def first_step(c: Shape, std_a: float) -> float:
+    """What a step of Adam on B alone, from zero, adds to an output per s and learning rate, for inputs of size 1.
+
+    Sum over B's inputs (b_in, all of one sign), over the columns of A and over the terms: docs/math.md.
+    """
+    return std_a * c.b_in * math.sqrt(c.r * (1 + c.r * c.a_in / c.a_out))
+
+
+UNIT = first_step(Shape(1280, 64, 4, 1), 1 / 64)  # s is 1 there: where the paper's 5e-4 comes from
+
+
+def balanced(c: Shape) -> float:
+    """The std of A for which its own movement counts alike everywhere, with s = 1280 / (r * in)."""
+    return UNIT * c.a_in * math.sqrt(c.r) / math.sqrt(1 + c.r * c.a_in / c.a_out) / 1280
+
+
+SCHEMES: dict[str, Scheme] = {
+    "alpha": Scheme(lambda c: 1 / c.a_out, zero, lambda c: 1.0),
+    "rank": Scheme(lambda c: 1 / c.a_out, zero, lambda c: 1 / c.r),
+    "rslora": Scheme(lambda c: 1 / c.a_out, zero, lambda c: c.r**-0.5),
+    "cdka": Scheme(zero, lambda c: kaiming(c.b_in), lambda c: (c.r * c.a_in) ** -0.5),
+    "kaiming": Scheme(lambda c: kaiming(c.a_in), zero, lambda c: 1.0),
+    "first step": Scheme(lambda c: 1 / c.a_out, zero, lambda c: UNIT / first_step(c, 1 / c.a_out)),
+    "first step, kaiming": Scheme(lambda c: kaiming(c.a_in), zero, lambda c: UNIT / first_step(c, kaiming(c.a_in))),
+    "width": Scheme(lambda c: 1 / c.a_out, zero, lambda c: math.sqrt(1280 / c.width)),
+    "width, a_out": Scheme(lambda c: 1 / c.a_out, zero, lambda c: math.sqrt(1280 / c.width * 64 / c.a_out)),
+    "balanced": Scheme(balanced, zero, lambda c: 1280 / (c.r * c.width)),
+}
+
+
+def mixing(width: int, generator: torch.Generator) -> torch.Tensor:
+    """(width, width): z @ it are inputs of size 1 whose covariance has a falling spectrum in random directions."""
+    falling = torch.arange(1, width + 1.0) ** (-RAMP / 2)
+    rotation = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+    return (falling * (width / falling.square().sum()).sqrt())[:, None] * rotation
+
+
+def losses(shape: Shape, scheme: Scheme, seed: int, steps: int, tokens: int) -> list[float]:
+    """The loss at the end relative to the one at the start, of each learning rate; inf where it diverged."""
+    generator = torch.Generator().manual_seed(seed)
+    n, w = len(RATES), shape.width
+    mix = mixing(w, generator)
+    weights = [torch.randn(w, w, generator=generator) * math.sqrt(2 / w) for _ in range(shape.layers)]
+    updates = []
+    for weight in weights:
+        update = torch.randn(w, RANK, generator=generator) @ torch.randn(RANK, w, generator=generator)
+        updates.append(update * (SIZE * weight.norm() / update.norm()))
+    targets = [weight + update for weight, update in zip(weights, updates, strict=True)]
+    # factors of all learning rates: (n, r, ...)
+    A, B = [], []
+    for _ in weights:
+        left = torch.randn(shape.r, shape.a_out, shape.a_in, generator=generator) * scheme.std_a(shape)
+        right = torch.randn(shape.r, shape.b_out, shape.b_in, generator=generator) * scheme.std_b(shape)
+        A.append(left.expand(n, *left.shape).clone().requires_grad_())
+        B.append(right.expand(n, *right.shape).clone().requires_grad_())
+    s, rates = scheme.s(shape), torch.tensor(RATES)
+    parameters = [*A, *B]
+    optimizer = Adam(parameters, rates)
+    history = []
+    for _ in range(steps):
+        x = torch.randn(tokens, w, generator=generator) @ mix
+        with torch.no_grad():
+            wanted = through(x, targets)
+        h = x.expand(n, tokens, w)
+        for i, (weight, a, b) in enumerate(zip(weights, A, B, strict=True)):
+            if shape.layers == 1:
+                h, wanted = s * product(h, a, b), wanted - x @ weight.T  # the frozen part cancels
+            else:
+                h = h @ weight.T + s * product(h, a, b)
+            h = h.relu() if i < shape.layers - 1 else h
+        loss = (h - wanted).square().mean((1, 2)) / wanted.square().mean()
+        history.append(loss.detach())
+        optimizer.step(torch.autograd.grad(loss.sum(), parameters))
+    first = history[0]
+    last = torch.stack(history[-max(1, steps // 10) :]).mean(0) / first
+    return [value if math.isfinite(value) and value < 1e3 else math.inf for value in last.tolist()]
+
+
+def through(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    for i, weight in enumerate(weights):
+        x = x @ weight.T
+        x = x.relu() if i < len(weights) - 1 else x
+    return x
+
+
+def product(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """(sum A_i (x) B_i) x for every learning rate: x (n, tokens, in), A (n, r, a_out, a_in), B (n, r, b_out, b_in)."""
+    n, tokens, _ = x.shape
+    X = x.reshape(n, tokens, A.shape[-1], B.shape[-1])
+    a_first = x.shape[-1] * A.shape[2] + A.shape[2] * B.shape[2] * B.shape[-1] < (
+        x.shape[-1] * B.shape[2] + A.shape[2] * B.shape[2] * A.shape[-1]
+    )
+    if a_first:
+        V = torch.einsum("nrik,ntkv->ntirv", A, X)
+        Y = torch.einsum("ntirv,nruv->ntiu", V, B)
+    else:
+        U = torch.einsum("ntkv,nruv->ntkru", X, B)
+        Y = torch.einsum("nrik,ntkru->ntiu", A, U)
+    return Y.reshape(n, tokens, -1)
+
+
+class Adam:
+    """Adam (0.9, 0.999) on parameters whose first dimension has a learning rate of its own."""
+
+    def __init__(self, parameters: list[torch.Tensor], rates: torch.Tensor) -> None:
+        self.parameters, self.rates, self.t = parameters, rates, 0
+        self.m = [torch.zeros_like(p) for p in parameters]
+        self.v = [torch.zeros_like(p) for p in parameters]
+
+    @torch.no_grad()
+    def step(self, gradients: tuple[torch.Tensor, ...]) -> None:
+        self.t += 1
+        for p, g, m, v in zip(self.parameters, gradients, self.m, self.v, strict=True):
+            m.lerp_(g, 0.1)
+            v.lerp_(g.square(), 0.001)
+            update = (m / (1 - 0.9**self.t)) / ((v / (1 - 0.999**self.t)).sqrt() + 1e-8)
+            p.sub_(update * self.rates.view(-1, *[1] * (p.ndim - 1)))
+
+
+def cases(shapes: tuple[Shape, ...], schemes: list[str]) -> Iterator[tuple[Shape, str, int]]:
+    """Seeds outermost: what a stopped run has is balanced."""
+    for seed in SEEDS:
+        for shape in shapes:
+            for scheme in schemes:
+                yield shape, scheme, seed
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what the file does not have yet; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.learning_rates", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; what is in it is not run again")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=64, help="inputs per step")
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--widest", type=int, default=1024, help="leave out wider layers")
+    args = parser.parse_args(argv)
+    settings = {"steps": args.steps, "tokens": args.tokens, "rates": list(RATES)}
+    result: dict[str, Any] = {"suite": "learning rates", **settings, "environment": environment("cpu"), "rows": []}
+    if args.out.exists():
+        result = json.loads(args.out.read_text(encoding="utf-8"))
+        if {name: result.get(name) for name in settings} != settings:
+            print(f"{args.out} has other settings: {[result.get(name) for name in settings]}. Choose another --out.")
+            return 1
+    done = {(*row["shape"], row["scheme"], row["seed"]) for row in result["rows"]}
+    shapes = tuple(shape for shape in SHAPES if shape.width <= args.widest)
+    todo = [case for case in cases(shapes, args.schemes) if (*case[0], *case[1:]) not in done]
+    same: dict[tuple[Any, ...], list[float]] = {}  # with r = 1, some schemes are one
+    for shape, scheme, seed in tqdm(todo, leave=False):
+        start = time.perf_counter()
+        key = (shape, seed, *(f(shape) for f in SCHEMES[scheme]))
+        found = same[key] = same.get(key) or losses(shape, SCHEMES[scheme], seed, args.steps, args.tokens)
+        row = {"shape": list(shape), "scheme": scheme, "seed": seed}
+        row["losses"] = [round(v, 5) if math.isfinite(v) else None for v in found]
+        result["rows"].append(row | {"seconds": round(time.perf_counter() - start, 2)})
+        save(result, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
