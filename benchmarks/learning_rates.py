@@ -3,8 +3,8 @@
 
     python -m benchmarks.learning_rates --out benchmarks/results/learning-rates.json
 
-Toy regressions: frozen random layers, and targets from the same layers plus an update of rank 4 that changes each output
-by 0.3 of its size. Adapters of every scheme are trained by Adam at every learning rate of a grid, all of a case at
+Toy regressions: frozen random layers, and targets from the same layers plus an update of rank 4 that changes outputs by
+0.3 of their size. Adapters of every scheme are trained by Adam at every learning rate of a grid, all of a case at
 once, and what is kept is the loss at the end relative to the loss at the start. Finished cases are in the file and are
 not run again, so a stopped run goes on where it was.
 """
