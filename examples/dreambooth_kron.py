@@ -57,8 +57,10 @@ from examples.dreambooth import (
     evaluate,
     families,
     init_adapter,
+    memory,
     objective,
     optim,
+    quantized,
     sharded,
 )
 from examples.dreambooth.arguments import (
@@ -79,7 +81,7 @@ from examples.dreambooth.prompts import TextEmbeddings, say_cut
 
 def main(args: Any) -> dict[str, Any]:
     """Train as `args` say; returns the closing summary."""
-    started = time.time()
+    started, before = time.time(), memory.peak()
     index = evaluate.read_index(args.pretrained_model_name_or_path, args.revision, args.cache_dir)
     kind = families.family_of(index, args.pretrained_model_name_or_path)
     check_family(args, kind)
@@ -120,8 +122,11 @@ def main(args: Any) -> dict[str, Any]:
     load_base = functools.partial(
         evaluate.base_pipeline, args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path,
         revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
+        quantize=quantized.for_pipelines(
+            args.bnb_quantization_config_path, args.bnb_quantize_text_encoders, weight_dtype, device
+        ),
     )  # fmt: skip
-    pipe = load_base()
+    pipe = load_base(dtype=weight_dtype, vae_dtype=adapters.dtype_of("no"))
     family = families.of(pipe, args.max_sequence_length, args.guidance_scale)
     for note in without_effect_on(args, family):
         say(f"warning: {note}")
@@ -169,13 +174,11 @@ def main(args: Any) -> dict[str, Any]:
         dataset, args.train_batch_size, accelerator.process_index, accelerator.num_processes, args.repeats, args.seed
     )
 
-    for model in (pipe.vae, base, *encoders.values()):
-        model.requires_grad_(False)
-    base.to(device, dtype=weight_dtype)
+    quantized.prepare(base, device, weight_dtype)
     resting = torch.device("cpu") if args.offload else device
-    pipe.vae.to(resting)  # stays in fp32: half precision makes NaN with SDXL's VAE
+    pipe.vae.requires_grad_(False).to(resting)  # stays in fp32: half precision makes NaN with SDXL's VAE
     for encoder in encoders.values():
-        encoder.to(device if args.train_text_encoder else resting, dtype=weight_dtype)
+        quantized.prepare(encoder, device if args.train_text_encoder else resting, weight_dtype)
 
     denoiser = Trained(family)
     embed = TextEmbeddings(family, args.train_text_encoder, device)
@@ -286,6 +289,10 @@ def main(args: Any) -> dict[str, Any]:
     say(f"{args.adapter_type} on {', '.join(trained)}: {count:,} trainable parameters")
     global_batch = batches.global_batch * args.gradient_accumulation_steps
     say(f"{total} updates of {global_batch} images, {weight_dtype}, on {device}")
+    loaded = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    caches = {"text embeddings": embed.known, "latents": [p.latents for p in (*pictures, *class_pictures)]}
+    counted = memory.estimate(loaded, parameters, optimizer, caches)
+    say("\n".join(memory.described(counted)) + "; not counted: activations, and what Python and libraries take")
 
     def validate(phase: str, pipeline: Any, at: int) -> list:
         """Fixed-seed images to trackers and disk (main process)."""
@@ -407,7 +414,8 @@ def main(args: Any) -> dict[str, Any]:
         "updates": step,
         "updates per second": round((step - first_step) / seconds, 3) if seconds else 0.0,
         "training time, s": round(seconds, 1),
-        "peak memory, MiB": peak_memory(),
+        "memory before the models, MiB": before // memory.MIB,
+        "peak memory, MiB": memory.peak() // memory.MIB,
     }
     if accelerator.is_main_process:
         files = [str(output / part) for part in trained]
@@ -478,19 +486,6 @@ def remove_untrained(output: Path, trained: Iterable[str], say: Callable[[str], 
         if (output / name / "adapter_config.json").is_file():
             remove(output / name)
             say(f"Removed {output / name}: an earlier run's adapter, which this run did not train.")
-
-
-def peak_memory() -> int:
-    """MiB: of the GPU, or of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() >> 20
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset >> 20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
 def run(argv: list[str]) -> int:

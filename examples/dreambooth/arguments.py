@@ -42,6 +42,7 @@ SECRETS = ("hub_token",)
 LOCAL = (
     "output_dir", "overwrite_output_dir", "instance_data_dir", "class_data_dir", "logging_dir", "cache_dir",
     "local_rank", "demo", "validation_prompt", "resume_from_checkpoint", "config",
+    "bnb_quantization_config_path",
 )  # fmt: skip
 PATHS_OR_IDS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name", "init_adapter")
 AT_LEAST_0 = (
@@ -67,6 +68,7 @@ VALIDATION_FLAGS = (
     "num_validation_images", "validation_epochs", "validation_steps", "validation_inference_steps",
     "validation_guidance_scale",
 )  # fmt: skip
+QUANTIZED = "--bnb_quantization_config_path"
 WARMING_UP = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup")
 NOISE_FLAGS = ("snr_gamma", "noise_offset")
 FLOW_FLAGS = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "precondition_outputs", "resolution_shift")
@@ -216,6 +218,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="Micro-steps per update.")
     group.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, more time.")
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="Clip gradients; 0: do not.")
+    group.add_argument(
+        "--bnb_quantization_config_path",
+        metavar="FILE",
+        help="JSON with bitsandbytes' settings: the frozen denoiser in 4 or 8 bits (on a GPU).",
+    )
+    group.add_argument("--bnb_quantize_text_encoders", action="store_true", help="The frozen text encoders as well.")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: accelerate's setting.")
     group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products.")
     group.add_argument("--snr_gamma", type=float, help="SD, SDXL: min-SNR loss weights; 5.0 is usual.")
@@ -387,6 +395,10 @@ def check(args: argparse.Namespace) -> None:
         "--learning_rate 0 with --learning_rate_a or --learning_rate_b: expected above 0, as the text encoder's rates "
         "follow from their ratio to it. To keep one factor as it is, give 0 for that factor alone.",
     )
+    require(
+        not (args.bnb_quantize_text_encoders and args.train_text_encoder),
+        "--bnb_quantize_text_encoders with --train_text_encoder: only frozen text encoders are quantized; drop one.",
+    )
     if args.with_prior_preservation:
         for name in ("class_data_dir", "class_prompt"):
             require(getattr(args, name), f"--with_prior_preservation needs --{name}.")
@@ -436,6 +448,7 @@ def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
         (("lr_num_cycles",), schedule != "cosine_with_restarts", "only with --lr_scheduler cosine_with_restarts"),
         (("lr_power",), schedule != "polynomial", "only with --lr_scheduler polynomial"),
         (("lr_step_rules",), schedule != "piecewise_constant", "only with --lr_scheduler piecewise_constant"),
+        (("bnb_quantize_text_encoders",), not args.bnb_quantization_config_path, f"only with {QUANTIZED}"),
         (PRODIGY_FLAGS, optimizer != "prodigy", "only with --optimizer prodigy"),
         (VALIDATION_FLAGS, not args.validation_prompt, "only with --validation_prompt"),
         (("validation_epochs",), args.validation_steps and args.validation_prompt, "--validation_steps overrides it"),

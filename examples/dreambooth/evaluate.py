@@ -10,15 +10,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
+from packaging.version import Version
 from PIL import Image, ImageDraw
 
 from . import TrainingError, one_line
 from .families import family_of
 from .files import TEMPORARY, remove, replace_folder
+from .quantized import is_quantized
+
+# the argument's name in from_pretrained
+DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
 
 def read_index(path: str, revision: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
@@ -38,14 +44,24 @@ def read_index(path: str, revision: str | None = None, cache_dir: str | None = N
         raise TrainingError(f"{path} could not be loaded as a diffusers pipeline: {one_line(error)}") from error
 
 
-def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+def load_pipeline(
+    path: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    vae_dtype: torch.dtype | None = None,
+    quantize: Callable[..., Any] | None = None,
+    **kwargs: Any,
+) -> Any:
     """A pipeline of one of the known families.
+
+    `vae_dtype`: of its VAE, where that differs. `quantize(denoiser, text encoders)`: the diffusers config by which
+    these components are loaded in a few bits.
 
     Raises:
         TrainingError: if there is none at `path`, it is of another kind, or lacks a component.
     """
     index = read_index(path, kwargs.get("revision"), kwargs.get("cache_dir"))
-    family_of(index, path)
+    family = family_of(index, path)
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     if "variant" not in kwargs and (variant := only_variant(Path(path))):
         print(f"note: {path} has weights of the variant {variant} only, which are taken.")
@@ -53,10 +69,18 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **kwargs: Any) 
     if "safety_checker" in index:
         kwargs |= {"safety_checker": None, "requires_safety_checker": False}
     try:
+        if quantize is not None:
+            encoders = [name for name in family.components if name.startswith("text_encoder")]
+            kwargs["quantization_config"] = quantize(family.denoiser, encoders)
+        # at once in its dtype: a large model would not fit in another one
+        kwargs[DTYPE] = {"default": dtype, "vae": vae_dtype or dtype}
         pipe = DiffusionPipeline.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path} could not be loaded as a diffusers pipeline: {one_line(error)}") from error
-    return pipe.to(dtype)  # files may be in another dtype
+    for name, model in pipe.components.items():
+        if isinstance(model, torch.nn.Module) and not is_quantized(model):
+            model.to((vae_dtype or dtype) if name == "vae" else dtype)  # some keep parts in another one
+    return pipe
 
 
 def only_variant(folder: Path) -> str | None:
@@ -79,17 +103,21 @@ def base_pipeline(
     variant: str | None = None,
     cache_dir: str | None = None,
     dtype: torch.dtype = torch.float32,
+    vae_dtype: torch.dtype | None = None,
+    quantize: Callable[..., Any] | None = None,
 ) -> Any:
-    """The pipeline at `path`, with the VAE at `vae`, if that is given.
+    """The pipeline at `path`, with the VAE at `vae`, if that is given; see `load_pipeline`.
 
     Raises:
         TrainingError: if one of them cannot be loaded.
     """
-    pipe = load_pipeline(path, dtype, revision=revision, variant=variant, cache_dir=cache_dir)
+    pipe = load_pipeline(
+        path, dtype, vae_dtype=vae_dtype, quantize=quantize, revision=revision, variant=variant, cache_dir=cache_dir
+    )
     if vae:
         try:
             pipe.vae = type(pipe.vae).from_pretrained(vae, cache_dir=cache_dir, variant=only_variant(Path(vae)))
-            pipe.vae.to(dtype)
+            pipe.vae.to(vae_dtype or dtype)
         except (OSError, ValueError, RuntimeError) as error:
             raise TrainingError(
                 f"--pretrained_vae_model_name_or_path {vae}: expected the folder of an {type(pipe.vae).__name__}, or "
