@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which scaling and initialisation has the same best learning rate whatever the factors, the terms and the width.
 
-    python -m benchmarks.learning_rates --out benchmarks/results/learning-rates.json
+    python -m benchmarks.learning_rates --out benchmarks/results/learning-rates.json --plot docs/learning_rates.png
 
 Toy regressions: frozen random layers, and targets from the same layers plus an update of rank 4 that changes outputs by
 0.3 of their size. Adapters of every scheme are trained by Adam at every learning rate of a grid, all of a case at
 once, and what is kept is the loss at the end relative to the loss at the start. Finished cases are in the file and are
-not run again, so a stopped run goes on where it was.
+not run again, so a stopped run goes on where it was; with all of them there, the table is printed at once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,6 @@ import torch
 from tqdm import tqdm
 
 from .measure import environment
-from .run import save
 
 RATES = tuple(2.0**e for e in range(-14, -1))
 SEEDS = (0, 1)
@@ -212,6 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=64, help="inputs per step")
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the sweeps as well")
     parser.add_argument("--widest", type=int, default=1024, help="leave out wider layers")
     args = parser.parse_args(argv)
     settings = {"steps": args.steps, "tokens": args.tokens, "rates": list(RATES)}
@@ -233,7 +234,125 @@ def main(argv: list[str] | None = None) -> int:
         row["losses"] = [round(v, 5) if math.isfinite(v) else None for v in found]
         result["rows"].append(row | {"seconds": round(time.perf_counter() - start, 2)})
         save(result, args.out)
+    found = curves(result, shapes)
+    print(table(found))
+    if args.plot:
+        draw(found, args.plot)
     return 0
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """Write the JSON file whole or not at all, a line for each row."""
+    head = {name: value for name, value in result.items() if name != "rows"}
+    rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# -- what they say -----------------------------------------------------------------------------------------------------
+
+Curves = dict[str, dict[Shape, list[float]]]
+
+
+def curves(result: dict[str, Any], shapes: tuple[Shape, ...]) -> Curves:
+    """{scheme: {shape: losses, the mean of the seeds}} of the schemes that have all shapes."""
+    runs: dict[str, dict[Shape, list[list[float]]]] = {}
+    for row in result["rows"]:
+        losses_of = [math.inf if v is None else v for v in row["losses"]]
+        runs.setdefault(row["scheme"], {}).setdefault(Shape(*row["shape"]), []).append(losses_of)
+    complete = {name: runs[name] for name in SCHEMES if name in runs and set(runs[name]) >= set(shapes)}
+    return {
+        name: {shape: [sum(c) / len(c) for c in zip(*of[shape], strict=True)] for shape in shapes}
+        for name, of in complete.items()
+    }
+
+
+def best(losses_of: list[float]) -> float:
+    """log2 of the best rate: the vertex of the parabola through the best one of the grid and its neighbours."""
+    i = min(range(len(losses_of)), key=losses_of.__getitem__)
+    around = losses_of[max(0, i - 1) : i + 2]
+    shift = 0.0
+    if len(around) == 3 and all(map(math.isfinite, around)):
+        left, middle, right = around
+        shift = (left - right) / (left - 2 * middle + right) / 2
+    return math.log2(RATES[0]) + i + shift
+
+
+def lost(losses_of: list[float]) -> list[float]:
+    """Which share of what the best rate gains is lost at each rate; 1 where nothing was gained."""
+    least = min(losses_of)
+    return [min(1.0, (loss - least) / (1 - least)) for loss in losses_of]
+
+
+def exponents(of: dict[Shape, list[float]], layers: int) -> dict[str, float]:
+    """Of the width, a_out, a_in and r in the best rate, by least squares over the shapes with so many layers."""
+    shapes = [shape for shape in of if shape.layers == layers]
+    logs = [[1.0, *(math.log2(size) for size in shape[:4])] for shape in shapes]
+    solution = torch.linalg.lstsq(
+        torch.tensor(logs, dtype=torch.float64),
+        torch.tensor([[best(of[shape])] for shape in shapes], dtype=torch.float64),
+        driver="gelsd",
+    ).solution[1:, 0]
+    return dict(zip(("width", "a_out", "a_in", "r"), solution.tolist(), strict=True))
+
+
+def table(found: Curves) -> str:
+    """Markdown: how far the best rates lie apart, what one rate for all of them loses, and what they depend on."""
+    lines = [
+        "| scheme | best rates | apart | lost at one rate: mean | worst | exponents, 1 layer: width, a_out, a_in, r "
+        "| 3 layers |",
+        "|---|---|---:|---:|---:|---|---|",
+    ]
+    for name, of in found.items():
+        rates = [best(losses_of) for losses_of in of.values()]
+        shares = [lost(losses_of) for losses_of in of.values()]
+        at = min(range(len(RATES)), key=lambda i: sum(share[i] for share in shares))
+        mean, worst = sum(share[at] for share in shares) / len(shares), max(share[at] for share in shares)
+        there = {shape.layers for shape in of}
+        fits = [_signed(exponents(of, layers)) if layers in there else "-" for layers in (1, 3)]
+        lines.append(
+            f"| {name} | {2 ** min(rates):.1e} to {2 ** max(rates):.1e} | x {2 ** (max(rates) - min(rates)):.1f} "
+            f"| {mean:.1%} | {worst:.1%} | {fits[0]} | {fits[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def _signed(values: dict[str, float]) -> str:
+    return ", ".join(f"{value:+.2f}" for value in values.values())
+
+
+DRAWN = ("alpha", "rank", "cdka", "first step", "width")
+
+
+def draw(found: Curves, path: Path) -> None:
+    """One panel a scheme, one line a shape: what is lost at each learning rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from PIL import Image
+
+    names = [name for name in DRAWN if name in found]
+    figure, axes = plt.subplots(1, len(names), figsize=(2.7 * len(names), 2.9), sharey=True, layout="constrained")
+    for axis, name in zip(axes, names, strict=True):
+        rates = [best(losses_of) for losses_of in found[name].values()]
+        axis.axvspan(2 ** min(rates), 2 ** max(rates), color="0.92")
+        for shape, losses_of in found[name].items():
+            colour = "tab:orange" if shape.layers > 1 else "tab:red" if shape.r > 1 else "tab:blue"
+            axis.plot(RATES, [100 * share for share in lost(losses_of)], color=colour, linewidth=0.8, alpha=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(0, 30)
+        axis.set_title(f"{name}: x {2 ** (max(rates) - min(rates)):.1f}", fontsize=10)
+        axis.set_xlabel("learning rate")
+    axes[0].set_ylabel("% of the gain that is lost")
+    for colour, label in (("tab:blue", "1 layer, r = 1"), ("tab:red", "r = 4, 16"), ("tab:orange", "3 layers")):
+        axes[0].plot([], [], color=colour, label=label)
+    axes[0].legend(fontsize=7, loc="upper left")
+    figure.savefig(path, dpi=90)
+    with Image.open(path) as picture:  # a quarter of the size
+        picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=48).save(path, optimize=True)
 
 
 if __name__ == "__main__":
