@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from peft_krona.__main__ import main
+from peft_krona.convert import read_adapter
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -54,6 +56,12 @@ def test_both_sides_of_a_diff_run(diff, side, tmp_path, monkeypatch):
     assert ("LoraConfig(" in code) == (side == "-") and ("KronAConfig(" in code) == (side == "+")
     exec(compile(code, "from_lora.md", "exec"), {"__name__": "__main__"})
     assert list(tmp_path.glob("output/*/*.safetensors"))
+    if side == "+" and "diffusers" in code:  # and on to ComfyUI, as the page's table says
+        file, base = tmp_path / "comfy.safetensors", "examples/assets/emoji-sd"
+        assert main(["convert", "output/my-adapter", str(file), "--to", "auto", "--base", base]) == 0
+        with safe_open(file, "pt") as written:
+            assert all(key.startswith("lora_unet_") for key in written.keys())
+        assert len(read_adapter(file)) == 56
 
 
 def test_the_counts_of_from_lora_are_the_models_():
