@@ -19,6 +19,7 @@ from peft.tuners.lokr.layer import factorization
 from torch import nn
 
 from peft_krona.factors import choose_factors, num_parameters
+from peft_krona.suggest import suggest_factors
 from peft_krona.targets import default_target_modules
 
 PAGE = Path(__file__).parent / "from_lora.md"
@@ -60,9 +61,10 @@ class KronA(NamedTuple):
         return f"a_out={self.a_out}, a_in={self.a_in}" + (f", r={self.r}" if self.r > 1 else "")
 
 
-# {rank of a LoRA: KronA with fewer parameters than it on each of the models}
-NARROW = {4: KronA(64, 4), 8: KronA(16, 8), 16: KronA(8, 8), 32: KronA(8, 4), 64: KronA(4, 4)}
-WIDE = {4: KronA(64, 16), 8: KronA(64, 8), 16: KronA(64, 4), 32: KronA(16, 8), 64: KronA(8, 8)}
+# {rank of a LoRA: KronA with fewer parameters on each of the models}, by the rule of `suggest_factors`: the paper's
+# (64, 4), a larger a_in where that is too large, more terms where there is room for them
+NARROW = {4: KronA(64, 4), 8: KronA(64, 4, 2), 16: KronA(64, 4, 4), 32: KronA(64, 4, 8), 64: KronA(64, 4, 16)}
+WIDE = {4: KronA(64, 16), 8: KronA(64, 8), 16: KronA(64, 4), 32: KronA(64, 4, 2), 64: KronA(64, 4, 4)}
 # {(factor, dimension) of LyCORIS' and PEFT's LoKr: KronA for the first models, for the wider ones}
 # no dimension: both factors full, which is KronA itself; else KronA with about as many parameters
 LOKR = {
@@ -137,30 +139,26 @@ def tables() -> dict[str, str]:
         title = f"**{narrow}**" if narrow == wide else f"**{narrow}**; wide: **{wide}**"
         rows.append((title, lambda name, n=narrow, w=wide: krona(name, *(w if name in WIDE_MODELS else n))))
     found["lokr"] = table([*MODELS], rows)
-    found["settings"] = settings_table()
+    found["settings"], found["rates"] = settings_table(), rates_table()
     return found
 
 
 def settings_table() -> str:
-    """What to write in the place of a LoRA or a LoKr, and where to start with the learning rate."""
+    """What to write in the place of a LoRA or a LoKr."""
     rows = [(f"LoRA r={rank}", NARROW[rank], WIDE[rank]) for rank in NARROW]
     for (factor, dimension), (narrow, wide) in LOKR.items():
         size = "full" if dimension is None else f"dimension {dimension}"
         rows.append((f"LoKr factor={factor}, {size}", narrow, wide))
-    lines = [
-        "| instead of | a_out, a_in on SD1.5, SDXL, SD3.5 | learning rate | ... on Flux.1, klein | learning rate |",
-        "|---|---|---|---|---|",
-    ]
-    for title, narrow, wide in rows:
-        rate = "5e-4 (paper)" if (narrow.a_out, narrow.a_in) == (64, 4) else _rate(narrow)
-        cells = (title, f"{narrow.a_out}, {narrow.a_in}", rate, f"{wide.a_out}, {wide.a_in}", _rate(wide))
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = ["| instead of | on SD1.5, SDXL, SD3.5 | on Flux.1, Flux.2 klein |", "|---|---|---|"]
+    lines += [f"| {title} | `{narrow}` | `{wide}` |" for title, narrow, wide in rows]
     return "\n".join(lines)
 
 
-def _rate(setting: KronA) -> str:
-    """5e-4 * a_out / 64: the step of dW that (64, 4) makes at 5e-4."""
-    return f"{5e-4 * setting.a_out / 64:.0e}".replace("e-0", "e-")
+def rates_table() -> str:
+    """Learning rates to start with, by `suggest_factors`; they hardly depend on factors and terms."""
+    rates = [f"{suggest_factors(build(name), krona(name, 64, 4)).learning_rate:.0e}" for name in MODELS]
+    cells = [rate.replace("e-0", "e-") for rate in rates]
+    return f"| | {' | '.join(MODELS)} |\n|---|{'---:|' * len(MODELS)}\n| start with | {' | '.join(cells)} |"
 
 
 def _krona(name: str, setting: KronA) -> int:
