@@ -18,6 +18,7 @@ Init: TypeAlias = Literal[True, False, "diffusekrona", "kaiming", "cdka"]  # of 
 Bias: TypeAlias = Literal["none", "all", "krona_only"]  # which biases of the base model train
 Order: TypeAlias = Literal["b_first", "a_first"]  # which factor x meets first
 Backend: TypeAlias = Literal["torch", "triton"]  # what computes the products
+Dtype: TypeAlias = Literal["fp32", "fp16", "bf16"]  # of the weights in a file
 
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -25,3 +26,4 @@ INITS: tuple[Init, ...] = get_args(Init)
 BIASES: tuple[Bias, ...] = get_args(Bias)
 ORDERS: tuple[Order, ...] = get_args(Order)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)

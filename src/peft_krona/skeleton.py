@@ -156,9 +156,10 @@ def _of_config(path: Path) -> tuple[str, nn.Module]:
 def _of_diffusers(config: dict[str, Any]) -> nn.Module:
     import diffusers
 
-    cls: Any = getattr(diffusers, config["_class_name"], None)  # no other package: a config may come from anywhere
-    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+    found = getattr(diffusers, config["_class_name"], None)  # no other package: a config may come from anywhere
+    if not isinstance(found, type) or not issubclass(found, nn.Module):
         raise ValueError(f"diffusers {diffusers.__version__} has no model {config['_class_name']}")
+    cls: Any = found
     with torch.device("meta"):
         return cls.from_config(config)
 

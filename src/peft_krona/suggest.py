@@ -9,11 +9,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from peft import get_peft_model
 from torch import nn
 
+from .choices import DTYPES, Dtype
 from .config import PEFT_PREFIX, KronAConfig
 from .errors import ConfigError, FactorError
 from .factors import choose_factors, contraction_cost, divisors, num_parameters
@@ -21,8 +22,6 @@ from .layers import Embedding, KronALayer
 from .share import Share, share_of
 from .skeleton import Source, skeleton
 
-Dtype = Literal["fp32", "fp16", "bf16"]
-DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _NAMES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # in a safetensors header
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
@@ -66,7 +65,7 @@ class Option:
     a_in: int
     r: int
     parameters: int
-    file_bytes: dict[str, int]
+    file_bytes: dict[Dtype, int]
     added_flops: int
 
 
@@ -99,10 +98,11 @@ class FactorPlan:
         return KronAConfig(**{"target_modules": self.target_modules, **chosen, **settings})
 
     def __str__(self) -> str:
-        rows = [("", "a_out", "a_in", "r", "parameters", "fp32 file", "fp16 file", "added FLOPs")]
+        titles = ("", "a_out", "a_in", "r", "parameters", "fp32 file", "fp16 file", "added FLOPs")
+        rows: list[tuple[str, ...]] = [titles]
         for option in self.options:
             flops = f"{option.added_flops / self.layer_flops:.1%}" if self.layer_flops else "-"
-            sizes = [_megabytes(option.file_bytes[dtype]) for dtype in ("fp32", "fp16")]
+            sizes = [_megabytes(option.file_bytes["fp32"]), _megabytes(option.file_bytes["fp16"])]
             mark = "->" if option is self.chosen else ""
             numbers = [str(option.a_out), str(option.a_in), str(option.r), f"{option.parameters:,}"]
             rows.append((mark, *numbers, *sizes, flops))
@@ -262,7 +262,7 @@ class _Counter:
     def option(self, choice: Choice) -> Option:
         taken = self.taken(choice)
         flops = sum(n * 2 * choice.r * _multiply_adds(s, *taken[s]) for s, n in self.kinds.items() if not s.is_lookup)
-        files = {dtype: self.file_bytes(choice, dtype) for dtype in DTYPES}
+        files: dict[Dtype, int] = {dtype: self.file_bytes(choice, dtype) for dtype in DTYPES}
         return Option(*choice, self.parameters(choice), files, flops)
 
     def file_bytes(self, choice: Choice, dtype: Dtype) -> int:
@@ -308,7 +308,7 @@ def _targets(
             raise
         raise ConfigError(f"{label}: {error} Pass target_modules.") from error
     names, shapes = [], []
-    for name, layer in adapted.base_model.model.named_modules():
+    for name, layer in adapted.get_base_model().named_modules():
         if isinstance(layer, KronALayer) and _ADAPTER in layer.krona_A:
             names.append(name)
             kernel = tuple(layer.krona_B[_ADAPTER].shape[3:])
