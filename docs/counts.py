@@ -7,6 +7,7 @@ The models are built from their configurations on the meta device, with no weigh
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from functools import cache, partial
@@ -19,7 +20,7 @@ from peft.tuners.lokr.layer import factorization
 from torch import nn
 
 from peft_krona.factors import choose_factors, num_parameters
-from peft_krona.suggest import suggest_factors
+from peft_krona.suggest import RATE, WIDTH
 from peft_krona.targets import default_target_modules
 
 PAGE = Path(__file__).parent / "from_lora.md"
@@ -154,10 +155,14 @@ def settings_table() -> str:
     return "\n".join(lines)
 
 
+def rate(name: str) -> float:
+    """`suggest_factors(...).learning_rate`."""
+    return RATE * math.exp(sum(math.log(WIDTH / i) for _, i in shapes(name)) / len(shapes(name)) / 4)
+
+
 def rates_table() -> str:
     """Learning rates to start with, by `suggest_factors`; they hardly depend on factors and terms."""
-    rates = [f"{suggest_factors(build(name), krona(name, 64, 4)).learning_rate:.0e}" for name in MODELS]
-    cells = [rate.replace("e-0", "e-") for rate in rates]
+    cells = [f"{rate(name):.0e}".replace("e-0", "e-") for name in MODELS]
     return f"| | {' | '.join(MODELS)} |\n|---|{'---:|' * len(MODELS)}\n| start with | {' | '.join(cells)} |"
 
 

@@ -69,7 +69,7 @@ def test_the_counts_of_from_lora_are_the_models_():
     from peft import LoKrConfig, LoraConfig, get_peft_model
 
     from docs import counts
-    from peft_krona import KronAConfig
+    from peft_krona import KronAConfig, suggest_factors
 
     page = counts.PAGE.read_text(encoding="utf-8")
     assert counts.in_page(page) == page, "run: python docs/counts.py"
@@ -77,6 +77,8 @@ def test_the_counts_of_from_lora_are_the_models_():
     for models, rows in ((counts.NARROW_MODELS, counts.NARROW), (counts.WIDE_MODELS, counts.WIDE)):
         for name in models:
             assert all(counts.krona(name, *setting) < counts.lora(name, rank) for rank, setting in rows.items())
+    plan = suggest_factors(counts.build("SD1.5"), "1M")
+    assert counts.rate("SD1.5") == pytest.approx(plan.learning_rate, rel=1e-12)
     for name in ("SD1.5", "klein 4B"):
         targets = counts.default_target_modules(counts.build(name))
         for config, wanted in (
@@ -106,11 +108,11 @@ def test_commands_run(tmp_path, monkeypatch):
         assert main(arguments) == 0, arguments
 
 
-def test_training_commands_parse():
+def test_training_commands_parse(monkeypatch):
     from examples.dreambooth.arguments import parse_args
 
     found = [c for page in PAGES for c in commands(page) if c[:2] == ["accelerate", "launch"]]
-    assert len(found) == 5
+    assert len(found) == 7
     for command in found:
         start = command.index("examples/dreambooth_kron.py") + 1
         assert parse_args(command[start:]).instance_data_dir == "my-dog"
