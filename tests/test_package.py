@@ -29,7 +29,7 @@ LAYERS = [
     {"sources", "inspection"},
     {"pipelines", "skeleton"},
     {"suggest"},
-    {"plan"},
+    {"plan", "run"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m peft_krona convert | inspect | merge | extract | plan"""
+"""python -m peft_krona convert | inspect | merge | extract | plan | run"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import plan
+from . import plan, run
 from .choices import LAYOUTS
 from .convert import (
     BASES,
@@ -37,6 +37,9 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, or 1 after an error, which is printed in one line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == [run.NAME]:  # the script's errors and arguments are its own
+        return run.main(arguments[1:])
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
@@ -75,7 +78,7 @@ def _in_flags(message: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m peft_krona", description="Kronecker adapters: files in and out.")
-    commands = parser.add_subparsers(required=True, metavar="convert|inspect|merge|extract|plan")
+    commands = parser.add_subparsers(required=True, metavar="convert|inspect|merge|extract|plan|run")
 
     convert = commands.add_parser("convert", help="any adapter to a file for another tool, or to a PEFT folder")
     convert.add_argument("input", help="PEFT folder, released DiffuseKronA checkpoint, LoKr or LoRA file")
@@ -118,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(plan.NAME, help=plan.HELP)
     plan.add_arguments(command)
     command.set_defaults(run=plan.run)
+    commands.add_parser(run.NAME, help=run.HELP)  # for --help: `main` goes there at once
     return parser
 
 
