@@ -168,3 +168,17 @@ def test_a_bad_file_is_named(page, tmp_path, content, words):
     page.get_by_role("button", name="Train", exact=True).click()
     page.get_by_text(words).first.wait_for()
     shot(page, "bad")
+
+
+@pytest.mark.skipif(not SHOTS, reason="makes docs/app.png: PEFT_KRONA_SCREENSHOTS=docs make test-app")
+def test_the_picture_of_the_readme(page):
+    """The page as it opens: the shipped subject, its settings, and what is drawn after the training."""
+    page.get_by_role("button", name="Train", exact=True).click()
+    assert "Done: 400 updates" in wait_status(page, "Done", "error", "Failed", seconds=1200), status(page)
+    page.get_by_role("tab", name="Draw").click()
+    page.wait_for_timeout(1000)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.locator(".picture img").nth(1).wait_for()
+    page.mouse.move(5, 5)
+    page.wait_for_timeout(2500)
+    page.screenshot(path=str(Path(SHOTS) / "app.png"), clip={"x": 40, "y": 0, "width": 1280, "height": 752})
