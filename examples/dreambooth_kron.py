@@ -73,6 +73,7 @@ from examples.dreambooth.arguments import (
 )
 from examples.dreambooth.checkpoint import Checkpoints, is_write_error
 from examples.dreambooth.class_images import make_class_images
+from examples.dreambooth.disk_cache import DiskCache
 from examples.dreambooth.exports import export_for_other_tools, remove_exports
 from examples.dreambooth.families.base import Trained
 from examples.dreambooth.files import TEMPORARY, aside, clean, remove, replace_folder
@@ -181,7 +182,9 @@ def main(args: Any) -> dict[str, Any]:
         quantized.prepare(encoder, device if args.train_text_encoder else resting, weight_dtype)
 
     denoiser = Trained(family)
-    embed = TextEmbeddings(family, args.train_text_encoder, device)
+    folder = args.cache_to_disk
+    texts = DiskCache(folder, encoders.values(), family.title, family.max_sequence_length) if folder else None
+    embed = TextEmbeddings(family, args.train_text_encoder, device, texts)
     if not args.train_text_encoder:
         with offload_models(*encoders.values(), device=device, offload=args.offload):
             embed.precompute(captions + [""] * (args.caption_dropout > 0))
@@ -189,7 +192,9 @@ def main(args: Any) -> dict[str, Any]:
     if args.cache_latents:
         with offload_models(pipe.vae, device=device, offload=args.offload):
             dataset.cache_latents(
-                family.encode_image, lambda x: tqdm(x, desc="Latents", disable=not accelerator.is_local_main_process)
+                family.encode_image,
+                lambda x: tqdm(x, desc="Latents", disable=not accelerator.is_local_main_process),
+                DiskCache(folder, [pipe.vae], family.title) if folder else None,
             )
     free_memory()
 

@@ -42,7 +42,7 @@ SECRETS = ("hub_token",)
 LOCAL = (
     "output_dir", "overwrite_output_dir", "instance_data_dir", "class_data_dir", "logging_dir", "cache_dir",
     "local_rank", "demo", "validation_prompt", "resume_from_checkpoint", "config",
-    "bnb_quantization_config_path",
+    "bnb_quantization_config_path", "cache_to_disk",
 )  # fmt: skip
 PATHS_OR_IDS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name", "init_adapter")
 AT_LEAST_0 = (
@@ -129,6 +129,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--caption_dropout", type=probability, default=0.0, help="How often a caption is left empty.")
     group.add_argument("--cache_latents", action="store_true", help="Encode each image once. Fixes its random crop.")
+    group.add_argument(
+        "--cache_to_disk",
+        metavar="FOLDER",
+        help="Keep text embeddings and cached latents in this folder, not in memory; later runs find them there.",
+    )
     group.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that load images.")
 
     group = parser.add_argument_group("prior preservation")
@@ -448,6 +453,7 @@ def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
         (("lr_num_cycles",), schedule != "cosine_with_restarts", "only with --lr_scheduler cosine_with_restarts"),
         (("lr_power",), schedule != "polynomial", "only with --lr_scheduler polynomial"),
         (("lr_step_rules",), schedule != "piecewise_constant", "only with --lr_scheduler piecewise_constant"),
+        (("cache_to_disk",), args.train_text_encoder and not args.cache_latents, "only with --cache_latents here"),
         (("bnb_quantize_text_encoders",), not args.bnb_quantization_config_path, f"only with {QUANTIZED}"),
         (PRODIGY_FLAGS, optimizer != "prodigy", "only with --optimizer prodigy"),
         (VALIDATION_FLAGS, not args.validation_prompt, "only with --validation_prompt"),

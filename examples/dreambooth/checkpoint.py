@@ -27,7 +27,7 @@ FREE = frozenset((
     "validation_epochs", "validation_steps", "validation_inference_steps", "validation_guidance_scale", "export",
     "output_kohya_format", "push_to_hub", "hub_model_id", "hub_token", "checkpointing_steps",
     "checkpoints_total_limit", "resume_from_checkpoint", "dataloader_num_workers", "cache_dir", "local_rank", "demo",
-    "config",
+    "config", "cache_to_disk",
 ))  # fmt: skip
 # with another value the saved weights would load but mean something else, or the optimizer's state would not fit
 FIXED = ("adapter_type", "alpha", "scaling", "layout", "optimizer", "use_8bit_adam")

@@ -24,23 +24,25 @@ from torch.utils.data import Dataset, Sampler
 
 from . import TrainingError, one_line
 from .captions import Captions
+from .disk_cache import DiskCache, Stored, of_image
 from .images import SUFFIXES, UNREADABLE, alterations, as_rgb, image_files, open_image, read_image
 
 Size = tuple[int, int]  # height, width
 Encode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # Family.encode_image
+Latents = tuple[torch.Tensor, torch.Tensor, Size]  # mean, standard deviation, corner of the crop
 LARGEST = 2**27  # pixels of a resized image before it is cropped; some 400 MB
 
 
 @dataclass
 class Picture:
-    """One image with its caption. `latents`: (mean, std, crop corner) by (size, flip), where cached."""
+    """One image with its caption. `latents`: by (size, flip), where cached."""
 
     load: Callable[[], Image.Image]
     name: str
     caption: str
     size: Size
     bucket: int = 0
-    latents: dict[tuple[Size, bool], tuple[torch.Tensor, torch.Tensor, Size]] = field(default_factory=dict)
+    latents: dict[tuple[Size, bool], Latents | Stored] = field(default_factory=dict)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -321,23 +323,37 @@ class DreamBoothDataset(Dataset):
         flip = bool(self.random_flip and rng.random() < 0.5)
         view = {"caption": picture.caption, "original_size": picture.size, "target_size": size}
         if picture.latents:
-            view["mean"], view["std"], view["crop"] = picture.latents[size, flip]
+            found = picture.latents[size, flip]
+            if isinstance(found, Stored):
+                kept = found.read()
+                found = kept["mean"], kept["std"], tuple(kept["crop"].tolist())
+            view["mean"], view["std"], view["crop"] = found
         else:
             view["pixels"], view["crop"] = fit(picture.load(), size, corner, flip, self.interpolation)
         return view
 
     @torch.no_grad()
-    def cache_latents(self, encode: Encode, progress: Callable) -> None:
-        """Encode every picture (and its mirror image, if images are flipped) once; random crops stay as drawn here."""
+    def cache_latents(self, encode: Encode, progress: Callable, disk: DiskCache | None = None) -> None:
+        """Encode every picture (and its mirror image, if images are flipped) once; random crops stay as drawn here.
+
+        `disk`: where they are kept, if not in memory.
+        """
         used = {self.buckets[picture.bucket] for picture in self.pictures}
         wanted = [(p, {self.buckets[p.bucket]}) for p in self.pictures] + [(p, used) for p in self.class_pictures]
         flips = (False, True) if self.random_flip else (False,)
         for i, (picture, sizes) in enumerate(progress(wanted)):
             corner = None if self.center_crop else tuple(sample_rng(self.seed, i, CACHE).random(2))
+            image = picture.load()
             for size, flip in itertools.product(sizes, flips):
-                pixels, crop = fit(picture.load(), size, corner, flip, self.interpolation)
-                mean, std = encode(pixels[None])
-                picture.latents[size, flip] = mean[0].cpu(), std[0].cpu(), crop
+                key = (of_image(image), size, flip, corner, self.interpolation) if disk else ()
+                found = disk.get(*key) if disk else None
+                if found is None:
+                    pixels, crop = fit(image, size, corner, flip, self.interpolation)
+                    mean, std = encode(pixels[None])
+                    found = mean[0].cpu(), std[0].cpu(), crop
+                    if disk:
+                        found = disk.put({"mean": mean[0], "std": std[0], "crop": torch.tensor(crop)}, *key)
+                picture.latents[size, flip] = found
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import TrainingError
+from .disk_cache import DiskCache, Stored
 from .families.base import Family, Text
 
 
@@ -46,22 +47,29 @@ def say_cut(encoders: Iterable[tuple[Any, int]], prompts: Iterable[str], say: Ca
 class TextEmbeddings:
     """Prompts for the denoiser: encoded once and kept if the text encoders are frozen, else as token ids."""
 
-    def __init__(self, family: Family, trained: bool, device: torch.device):
-        self.family, self.trained, self.device = family, trained, device
-        self.known: dict[str, Text] = {}
+    def __init__(self, family: Family, trained: bool, device: torch.device, disk: DiskCache | None = None):
+        """`disk`: where they are kept, if not in memory."""
+        self.family, self.trained, self.device, self.disk = family, trained, device, disk
+        self.known: dict[str, Text | Stored] = {}
 
     @torch.no_grad()
     def precompute(self, prompts: Iterable[str], batch: int = 16) -> None:
+        if self.disk is not None:
+            self.known |= {prompt: found for prompt in set(prompts) if (found := self.disk.get(prompt))}
         todo = sorted(set(prompts) - set(self.known))
         for start in range(0, len(todo), batch):
             part = todo[start : start + batch]
             for prompt, text in zip(part, self.family.encode_prompt(part), strict=True):
-                self.known[prompt] = {name: value.cpu() for name, value in text.items()}
+                if self.disk is not None:
+                    self.known[prompt] = self.disk.put(text, prompt)
+                else:
+                    self.known[prompt] = {name: value.cpu() for name, value in text.items()}
 
     def __call__(self, prompts: list[str]) -> Text:
         if self.trained:
             return self.family.tokens(prompts, self.device)
-        batch = self.family.collate([self.known[prompt] for prompt in prompts])
+        found = [self.known[prompt] for prompt in prompts]
+        batch = self.family.collate([text.read() if isinstance(text, Stored) else text for text in found])
         return {name: to_device(value, self.device) for name, value in batch.items()}
 
 
