@@ -300,7 +300,8 @@ def _targets(
     label: str, model: nn.Module, target_modules: list[str] | str | None
 ) -> tuple[list[str], list[LayerShape], Share]:
     """Names and shapes of the layers that `get_peft_model` adapts, found by letting it."""
-    config = KronAConfig(target_modules=target_modules, a_out=1, a_in=1)
+    # A (out, 1) and B (1, in) are next to nothing
+    config = KronAConfig(target_modules=target_modules, a_out=2**30, a_in=1)
     try:
         adapted = get_peft_model(model, config, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
     except ValueError as error:
