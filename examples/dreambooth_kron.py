@@ -157,6 +157,7 @@ def main(args: Any) -> dict[str, Any]:
         make_class_images(
             load_base, Path(args.class_data_dir), args.class_prompt, args.num_class_images, (resolution, resolution),
             accelerator, seed=args.seed, batch=args.sample_batch_size, precision=args.prior_generation_precision,
+            sampling={} if family.objective == "noise" else family.sampling(None),  # as diffusers' scripts have it
         )  # fmt: skip
         found = data.read_folder(args.class_data_dir, args.class_prompt, captions=False, say=say)
         class_pictures = found[: args.num_class_images]
@@ -217,7 +218,8 @@ def main(args: Any) -> dict[str, Any]:
             for encoder in encoders.values():
                 encoder.gradient_checkpointing_enable({"use_reentrant": False})
     if args.torch_compile:
-        base.compile_repeated_blocks()  # the transformer blocks: most of the work, a fraction of the compile time
+        # the transformer blocks, where diffusers names them: most of the work, a fraction of the compile time
+        (base.compile_repeated_blocks if getattr(base, "_repeated_blocks", None) else base.compile)()
 
     # -- optimizer -----------------------------------------------------------------------------------------------------
     scale = batches.global_batch * args.gradient_accumulation_steps if args.scale_lr else 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to image with a saved adapter, for Stable Diffusion and SDXL (with or without the refiner).
+"""Text to image with a saved adapter, for every family that dreambooth_kron.py trains (SDXL also with the refiner).
 
     python examples/generate.py --adapter my-dog --prompt "a sks dog on the moon" "a sks dog in the rain" --seed 0 1 2
     python examples/generate.py --adapter my-dog --prompt "a sks dog on the moon" --compare --scale 0.8 --merged
@@ -65,7 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--compare", action="store_true", help="Also draw with the base model, rows side by side.")
     parser.add_argument("--num_inference_steps", type=positive_int, default=50, help="The paper's (default: 50).")
-    parser.add_argument("--guidance_scale", type=finite, default=7.0, help="The paper finds 7 best (default).")
+    parser.add_argument(
+        "--guidance_scale", type=finite, help="Default: the family's; SD 7, which the paper finds best."
+    )
     parser.add_argument("--height", type=positive_int, help="Default: what the pipeline makes.")
     parser.add_argument("--width", type=positive_int, help="Default: what the pipeline makes.")
     parser.add_argument("--batch_size", type=positive_int, default=4, help="Images at once (default: 4).")
@@ -121,7 +123,10 @@ def main(args: argparse.Namespace) -> list[Path]:
     output = writable_folder(args.output_dir)  # before the work, not after it
     pipe = load_pipeline(base, dtype, variant=args.variant, revision=args.revision)
     check_size(pipe, args.height, args.width)
-    say_cut(families.of(pipe).windows(), [*args.prompt, *filter(None, [args.negative_prompt])], print)
+    family = families.of(pipe)
+    if args.negative_prompt is not None and not family.negative:
+        raise TrainingError(f"--negative_prompt: {family.title} has no use for one; leave it out.")
+    say_cut(family.windows(), [*args.prompt, *filter(None, [args.negative_prompt])], print)
     refiner = load_refiner(args, pipe, dtype)
     for part in filter(None, (pipe, refiner)):
         part.enable_model_cpu_offload(device=device) if args.offload else part.to(device)
@@ -265,17 +270,14 @@ def load_refiner(args: argparse.Namespace, pipe: Any, dtype: torch.dtype) -> Any
 
 def draw(pipe: Any, refiner: Any, jobs: list[tuple[str, int]], args: argparse.Namespace) -> list:
     """An image per job; each has its own generator, so that it does not depend on the others."""
-    common = {
-        "negative_prompt": args.negative_prompt,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-    }
+    common = families.of(pipe).sampling(args.guidance_scale) | {"num_inference_steps": args.num_inference_steps}
+    negative = common.pop("negative_prompt", None) if args.negative_prompt is None else args.negative_prompt
     images = []
     for start in range(0, len(jobs), args.batch_size):
         part = jobs[start : start + args.batch_size]
         settings = common | {"prompt": [prompt for prompt, _ in part]}
-        if args.negative_prompt is not None:
-            settings["negative_prompt"] = [args.negative_prompt] * len(part)
+        if negative is not None:
+            settings["negative_prompt"] = [negative] * len(part)
         size = {"height": args.height, "width": args.width}
         with torch.no_grad(), for_sampling(pipe), exact_decoding(pipe.vae) as whole:
             if refiner is None:

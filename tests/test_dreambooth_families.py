@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import dreambooth_pipelines as tiny
 import tiny_families
 from accelerate.state import AcceleratorState, PartialState
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from examples import dreambooth_kron
-from examples.dreambooth import adapters, data, evaluate, families, objective
-from examples.dreambooth.arguments import parse_args
+from examples.dreambooth import TrainingError, adapters, data, evaluate, families, objective, prompts
+from examples.dreambooth.arguments import check_family, parse_args, without_effect_on
 
 FLOW = list(tiny_families.MAKERS)
 KINDS = ["sd", "sdxl", *FLOW]
@@ -246,3 +248,257 @@ def draw(pipe):
         prompt=["sks dog"], num_inference_steps=2, height=16, width=16, output_type="pt",
         generator=torch.Generator().manual_seed(0), **family.sampling(None),
     ).images.double()  # fmt: skip
+
+
+# -- everything else -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "adapter"), [("qwen_image", "krona"), ("z_image", "lora"), ("flux2_klein", "lokr")])
+def test_everything_at_once(pipeline, pictures, tmp_path, monkeypatch, kind, adapter):
+    """A mask, a list and latents in patches, with what people combine."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))  # minutes otherwise
+    out = tmp_path / "dog"
+    summary = train(
+        kind, pipeline, pictures, out, "--gradient_checkpointing", "--random_flip", "--with_prior_preservation",
+        "--class_data_dir", tmp_path / "class", "--class_prompt", "a dog", "--num_class_images", 1, "--cache_latents",
+        "--caption_dropout", 0.5, "--offload", "--mixed_precision", "bf16", "--gradient_accumulation_steps", 2,
+        "--validation_prompt", "a", "--num_validation_images", 2, "--validation_steps", 1, "--checkpointing_steps", 1,
+        "--validation_inference_steps", 1, "--aspect_ratio_buckets", "16,24;24,16", "--weighting_scheme", "mode",
+        "--resolution_shift", "--adapter_type", adapter, "--rank", 2, "--torch_compile",
+    )  # fmt: skip
+    assert (
+        compiled
+        and summary["updates"] == 2
+        and sorted(p.name for p in out.glob("checkpoint-*"))
+        == [
+            "checkpoint-1",
+            "checkpoint-2",
+        ]
+    )
+    assert len(list((out / "validation" / "final-2").glob("[0-9]*.png"))) == 2
+    assert families.known()[summary["pipeline"]].tags[0] in (out / "README.md").read_text()
+    assert weights(out) and all(v.isfinite().all() for v in weights(out).values())
+
+
+CHROMA = """
+from examples.dreambooth.families.flux import Flux
+
+
+class Chroma(Flux):
+    title = "Chroma"
+    pipelines = ("ChromaPipeline",)
+    components = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+
+    def windows(self):
+        return [(self.pipe.tokenizer, self.max_sequence_length)]
+
+    def encode_prompt(self, prompts):
+        hidden, _, mask, *_ = self.pipe.encode_prompt(
+            prompts, device=self.text_device(), do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return [{"hidden": h, "mask": m} for h, m in zip(hidden, mask)]
+
+    def predict(self, model, noisy, level, text):
+        b, c, h, w = noisy.shape
+        hidden = text["hidden"].to(noisy.dtype)
+        velocity = model(
+            hidden_states=self.pipe._pack_latents(noisy, b, c, h, w), timestep=level, encoder_hidden_states=hidden,
+            attention_mask=self.pipe._prepare_attention_mask(b, h * w // 4, noisy.dtype, text["mask"].bool()),
+            txt_ids=hidden.new_zeros(hidden.shape[1], 3),
+            img_ids=self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, noisy.device, noisy.dtype),
+        )[0]
+        return self.pipe._unpack_latents(velocity, h, w, 1)
+"""
+
+
+def test_a_new_file_is_a_new_family(pictures, tmp_path, monkeypatch):
+    folder = tiny_families.build(tmp_path / "chroma", "chroma")
+    with pytest.raises(
+        TrainingError, match=r"is a ChromaPipeline: expected a text-to-image pipeline of one of the known"
+    ):
+        train("chroma", lambda _: folder, pictures, tmp_path / "out")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "chroma.py").write_text(CHROMA)
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path / "more")])
+    families.known.cache_clear()
+    try:
+        assert train("chroma", lambda _: folder, pictures, tmp_path / "out", "--resolution", 16)["updates"] == 2
+    finally:
+        families.known.cache_clear()
+        sys.modules.pop("examples.dreambooth.families.chroma")
+    assert any(v.any() for k, v in weights(tmp_path / "out").items() if k.endswith("krona_B"))
+
+
+# -- noise levels and weights ----------------------------------------------------------------------------------------
+
+SIGMAS = torch.linspace(1, 0.001, 1000)  # of a scheduler without a shift
+
+
+@pytest.mark.parametrize(
+    ("scheme", "density", "weight"),
+    [
+        ("none", lambda z, u: u, lambda s: torch.ones_like(s)),
+        ("sigma_sqrt", lambda z, u: u, lambda s: s**-2),
+        ("cosmap", lambda z, u: u, lambda s: 2 / (torch.pi * (1 - 2 * s + 2 * s**2))),
+        ("logit_normal", lambda z, u: 1 / (1 + torch.exp(-(0.3 + 0.5 * z))), lambda s: torch.ones_like(s)),
+        ("mode", lambda z, u: 1 - u - 0.7 * (torch.cos(torch.pi * u / 2) ** 2 - 1 + u), lambda s: torch.ones_like(s)),
+    ],
+)
+@pytest.mark.parametrize("precondition", [False, True])
+def test_weighting_schemes(scheme, density, weight, precondition):
+    """As the SD3 paper (arXiv 2403.03206, section 3.1) has them."""
+    goal = objective.RectifiedFlow(
+        FlowMatchEulerDiscreteScheduler().config, scheme, 0.3, 0.5, 0.7, precondition=precondition
+    )
+    x, n = torch.randn(2, 8, 4, 2, 2, dtype=torch.float64)
+    times, expected = [], []
+    for seed in range(8):
+        shape, rng = torch.Size([4, 2, 2]), torch.Generator()
+        times.append(goal.time(shape, rng.manual_seed(seed)))
+        z, u = torch.randn(1, generator=rng.manual_seed(seed)), torch.rand(1, generator=rng.manual_seed(seed))
+        expected.append((1000 * density(z, u)).long()[0])
+    assert torch.stack(times).tolist() == torch.stack(expected).tolist()
+    noisy, level, target, weights = goal.add_noise(x, n, torch.stack(times))
+    s = level.double().view(-1, 1, 1, 1)
+    assert level.tolist() == goal.scheduler.sigmas[torch.stack(times)].tolist()
+    assert (level - SIGMAS[torch.stack(times)]).abs().max() <= 2 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(noisy, s * n + (1 - level).double().view(-1, 1, 1, 1) * x, rtol=1e-12, atol=1e-12)
+    assert torch.equal(target, n - x)
+    wanted = weight(level.double()) * (level.double() ** 2 if precondition else 1)
+    assert ((weights - wanted).abs() <= 8 * torch.finfo(torch.float32).eps * wanted).all()
+
+
+def test_densities_stay_in_the_table():
+    """u of 1 is what float32 makes of a wide logit-normal, and what `mode` ends in."""
+    goal = objective.RectifiedFlow(FlowMatchEulerDiscreteScheduler().config, "logit_normal", 0.0, 1000.0)
+    found = {int(goal.time(torch.Size([1, 2, 2]), torch.Generator().manual_seed(i))) for i in range(32)}
+    assert (min(found), max(found)) == (0, 999)
+
+
+@pytest.mark.parametrize("kind", ["flux", "flux2_klein", "qwen_image", "krea2"])
+def test_the_resolution_shift_is_the_pipelines(pipeline, monkeypatch, kind):
+    """mu as the pipeline hands it to its scheduler for this size of image; sigma' = e^mu / (e^mu + 1 / sigma - 1)."""
+    pipe = DiffusionPipeline.from_pretrained(pipeline(kind))
+    pipe.set_progress_bar_config(disable=True)
+    family, seen = families.of(pipe, LENGTH), []
+    set_timesteps = pipe.scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)
+    def watched(*args, **kwargs):
+        seen.append(kwargs["mu"])
+        return set_timesteps(*args, **kwargs)
+
+    monkeypatch.setattr(pipe.scheduler, "set_timesteps", watched)
+    pipe(prompt="a", num_inference_steps=50 if "2_" in kind else 1, height=16, width=24, **family.sampling(None))
+    mean, _ = family.encode_image(torch.zeros(1, 3, 16, 24))
+    mu = family.shift(*mean.shape[-2:])
+    assert family.shifts() and abs(mu - seen[0]) <= 1e-12
+    goal = objective.RectifiedFlow(pipe.scheduler.config, shift=family.shift)
+    times = torch.tensor([3, 500, 998])
+    level = goal.add_noise(mean.expand(3, -1, -1, -1), mean.expand(3, -1, -1, -1), times)[1].double()
+    e, s = torch.tensor(mu).exp().double(), goal.scheduler.sigmas[times].double()
+    assert (level - e / (e + 1 / s - 1)).abs().max() <= 4 * torch.finfo(torch.float32).eps
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------
+
+FLUX_INDEX = {"_class_name": "FluxPipeline"} | {
+    part: ["diffusers", "X"] for part in families.known()["FluxPipeline"].components
+}
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"_class_name": "KandinskyPipeline"}, r"p is a KandinskyPipeline: expected .* one of the known families: .*"
+         r"FLUX\.1 \(FluxPipeline\); .*Choose such a pipeline, or add a family \(examples/README\.md\)"),
+        ({}, "p is a None: expected"),
+        ({"_class_name": "FluxFillPipeline"}, "p is a FluxFillPipeline: expected"),
+        (FLUX_INDEX | {"text_encoder_2": [None, None]}, r"p is a FluxPipeline without text_encoder_2: FLUX\.1 needs t"),
+        ({k: v for k, v in FLUX_INDEX.items() if k != "vae"}, r"without vae: FLUX\.1 needs transformer, vae, .*complete"),
+        ({"_class_name": "StableDiffusionXLPipeline"}, "without unet, vae, text_encoder, text_encoder_2, .*complete"),
+    ],
+)  # fmt: skip
+def test_pipelines_that_are_not_trained(index, message):
+    with pytest.raises(TrainingError, match=message) as raised:
+        families.family_of(index, "p")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_mistake_shows_before_anything_is_loaded(tmp_path, capsys):
+    (tmp_path / "model_index.json").write_text(json.dumps(FLUX_INDEX | {"text_encoder_2": [None, None]}))
+    args = [
+        "--pretrained_model_name_or_path",
+        tmp_path,
+        "--instance_data_dir",
+        tmp_path,
+        "--output_dir",
+        tmp_path / "o",
+    ]
+    assert dreambooth_kron.run([*map(str, args), "--instance_prompt", "x"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} is a FluxPipeline without text_encoder_2:")
+    assert not (tmp_path / "o").exists()
+
+
+BASIC = ["--pretrained_model_name_or_path", "p", "--instance_data_dir", "d", "--instance_prompt", "x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("FluxPipeline", ["--train_text_encoder"], r"encoders of FLUX\.1 are not trained, only those of Stable"),
+        (
+            "StableDiffusion3Pipeline",
+            ["--max_sequence_length", "513"],
+            r"513: Stable Diffusion 3 and 3\.5 reads at most",
+        ),
+    ],
+)
+def test_flags_that_a_family_refuses(name, more, message):
+    with pytest.raises(TrainingError, match=message):
+        check_family(parse_args([*BASIC, *more]), families.known()[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("Flux", ["--snr_gamma", "5"], "--snr_gamma has no effect: FLUX.1 is trained by flow matching."),
+        ("ZImage", ["--noise_offset", "0.1"], "--noise_offset has no effect: Z-Image is trained by flow matching."),
+        ("StableDiffusion", ["--weighting_scheme", "mode", "--mode_scale", "1"], "--weighting_scheme, --mode_scale has no "
+         "effect: Stable Diffusion 1.x and 2.x is trained to predict noise, not by flow matching."),
+        ("StableDiffusionXL", ["--precondition_outputs", "1"], "--precondition_outputs has no effect: Stable Diffusion XL"),
+        ("StableDiffusionXL", ["--max_sequence_length", "80"], "--max_sequence_length has no effect: Stable Diffusion XL"),
+        ("QwenImage", ["--logit_std", "2"], "--logit_std has no effect: only with --weighting_scheme logit_normal."),
+        ("StableDiffusion3", ["--logit_std", "2"], ""),
+        ("StableDiffusion3", ["--mode_scale", "2"], "--mode_scale has no effect: only with --weighting_scheme mode."),
+        ("StableDiffusion3", ["--resolution_shift"], "--resolution_shift has no effect: this pipeline's scheduler does"),
+        ("Flux", ["--resolution_shift", "--guidance_scale", "1", "--weighting_scheme", "cosmap"], ""),
+        ("Flux2Klein", ["--guidance_scale", "1"], "--guidance_scale has no effect: this model is not guidance-distilled."),
+    ],
+)  # fmt: skip
+def test_flags_without_effect_in_a_family(name, more, said):
+    config = {"guidance_embeds": name == "Flux", "use_dynamic_shifting": not name.startswith("Stable")}
+    part = SimpleNamespace(config=config)
+    family = families.known()[f"{name}Pipeline"](SimpleNamespace(unet=part, transformer=part, scheduler=part))
+    found = " ".join(without_effect_on(parse_args([*BASIC, *more]), family))
+    assert found.startswith(said) and bool(found) == bool(said), found
+
+
+@pytest.mark.parametrize("kind", FLOW)
+def test_long_prompts_are_named(pipeline, kind):
+    pipe, said = DiffusionPipeline.from_pretrained(pipeline(kind)), []
+    windows = families.of(pipe, LENGTH).windows()
+    prompts.say_cut(windows, ["a dog"], said.append)
+    assert not said
+    prompts.say_cut(windows, ["a dog", "x" * LENGTH], said.append)
+    (line,) = said
+    assert line.startswith("warning: 1 prompts are longer than what the text encoder reads, and are cut: shorten them")
+    assert f"of at most {max(limit for _, limit in windows)}, loses its end 'x" in line
+    prompts.say_cut(windows, ["x" * 100], said.append)
+    note = "note: one text encoder reads 77 tokens only and cuts 1 prompts; another reads them whole."
+    assert said[1:] == ([note] if kind in ("sd3", "flux") else [])
+    if kind not in ("sd3", "flux", "krea2"):
+        with pytest.raises(TrainingError, match=r"--max_sequence_length: the text encoder's template .* need \d+ more"):
+            prompts.say_cut(families.of(pipe, 4).windows(), ["a dog"], said.append)

@@ -150,6 +150,15 @@ def krea2() -> diffusers.DiffusionPipeline:
     )  # fmt: skip
 
 
+def chroma() -> diffusers.DiffusionPipeline:
+    """Of no family: for the drill of adding one."""
+    parts = t5()
+    return diffusers.ChromaPipeline(
+        flow(), vae(shift_factor=0.1), parts["text_encoder"], parts["tokenizer"],
+        tiny_denoiser("ChromaTransformer2DModel"),
+    )  # fmt: skip
+
+
 MAKERS = {
     "sd3": sd3, "flux": flux, "flux2": flux2, "flux2_klein": flux2_klein, "qwen_image": qwen_image, "z_image": z_image,
     "krea2": krea2,
@@ -159,7 +168,7 @@ MAKERS = {
 def build(folder: Path, kind: str) -> Path:
     """Write the pipeline, its zero-initialised layers filled: what they lead to would have no gradient."""
     torch.manual_seed(0)
-    pipe = MAKERS[kind]()
+    pipe = (MAKERS | {"chroma": chroma})[kind]()
     for parameter in pipe.transformer.parameters():
         if not parameter.any() or parameter.isnan().any():
             torch.nn.init.normal_(parameter, std=0.02)

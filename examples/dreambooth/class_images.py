@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ def make_class_images(
     seed: int = 0,
     batch: int = 4,
     precision: str | None = None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> None:
     """Fill `folder` up to `count` images of `size` (height, width), split over the processes.
 
     Image number i has seed `seed` + i, whichever process makes it, so a stopped run goes on where it was.
     `load(dtype=...)`: a pipeline of their own, as half precision would round the weights of the one that is trained.
-    `precision`: of the models, a key of PRECISIONS; None: fp16 on a GPU, else fp32.
+    `precision`: of the models, a key of PRECISIONS; None: fp16 on a GPU, else fp32. `sampling`: more of the pipeline's
+    arguments.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,7 @@ def make_class_images(
         for start in range(0, len(mine), batch):
             numbers = mine[start : start + batch]
             seeds = [seed + number for number in numbers]
-            images = sample(pipe, [prompt] * len(numbers), seeds, size, num_inference_steps=50)
+            images = sample(pipe, [prompt] * len(numbers), seeds, size, num_inference_steps=50, **(sampling or {}))
             for number, image in zip(numbers, images, strict=True):
                 path = folder / f"class-{number:05d}.png"
                 with aside(path) as temporary:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .disk_cache import DiskCache, Stored
 from .families.base import Family, Text
 
 
-def say_cut(encoders: Iterable[tuple[Any, int]], prompts: Iterable[str], say: Callable[[str], None]) -> None:
+def say_cut(encoders: Sequence[tuple[Any, int]], prompts: Iterable[str], say: Callable[[str], None]) -> None:
     """Say which prompts are longer than what the text encoders read, and what of the first is lost.
 
     `encoders`: the tokenizer and the number of tokens that its encoder is given, special ones included.
@@ -21,27 +21,35 @@ def say_cut(encoders: Iterable[tuple[Any, int]], prompts: Iterable[str], say: Ca
     Raises:
         TrainingError: if an encoder has no room for any prompt.
     """
-    lost: dict[str, tuple[int, str, int, int]] = {}
-    for tokenizer, limit in encoders:
-        if limit < 1:
-            raise TrainingError(
-                f"--max_sequence_length: the text encoder's template and a prompt of one token need {1 - limit} more; "
-                "raise it, or leave it out."
-            )
-        for prompt in dict.fromkeys(prompts):
-            ids = tokenizer(prompt, truncation=False).input_ids
-            if len(ids) > limit:
-                kept = limit - (ids[-1] == tokenizer.eos_token_id)  # the end mark stays
-                tail = tokenizer.decode(ids[kept:], skip_special_tokens=True).strip()
-                found = (len(tail), tail, len(ids), limit)
-                lost[prompt] = max(found, lost.get(prompt, found))
-    if lost:
-        first = next(iter(lost))
-        _, tail, length, limit = lost[first]
-        say(
-            f"warning: {len(lost)} prompts are longer than what the text encoder reads, and are cut: shorten them; the "
-            f"first, {first[:40]!r}... with {length} tokens of at most {limit}, loses its end {tail!r}."
+    least = min(limit for _, limit in encoders)
+    if least < 1:
+        raise TrainingError(
+            f"--max_sequence_length: the text encoder's template and a prompt of one token need {1 - least} more; "
+            "raise it, or leave it out."
         )
+    cut, partly = [], 0
+    for prompt in dict.fromkeys(prompts):
+        found = [lost(tokenizer, limit, prompt) for tokenizer, limit in encoders]
+        if all(found):
+            cut.append((prompt, *min(found, key=lambda f: len(f[0]))))
+        partly += any(found) and not all(found)
+    if cut:
+        prompt, tail, length, limit = cut[0]
+        say(
+            f"warning: {len(cut)} prompts are longer than what the text encoder reads, and are cut: shorten them; the "
+            f"first, {prompt[:40]!r}... with {length} tokens of at most {limit}, loses its end {tail!r}."
+        )
+    if partly:
+        say(f"note: one text encoder reads {least} tokens only and cuts {partly} prompts; another reads them whole.")
+
+
+def lost(tokenizer: Any, limit: int, prompt: str) -> tuple[str, int, int] | None:
+    """(the end of the prompt that is cut, its tokens, the limit); None if nothing is."""
+    ids = tokenizer(prompt, truncation=False).input_ids
+    if len(ids) <= limit:
+        return None
+    kept = limit - (ids[-1] == tokenizer.eos_token_id)  # the end mark stays
+    return tokenizer.decode(ids[kept:], skip_special_tokens=True).strip(), len(ids), limit
 
 
 class TextEmbeddings:

@@ -23,7 +23,7 @@ class Family:
         sequence: (usual, largest) --max_sequence_length; None if the text encoders have a fixed length.
         spare: whether layers are adapted whose result the model drops, so that they have no gradient.
         trains_text: whether its text encoders can be adapted. guidance: the default of --validation_guidance_scale.
-        tags: for the model card.
+        negative: whether the pipeline has a use for a negative prompt. tags: for the model card.
     """
 
     title = ""
@@ -37,6 +37,7 @@ class Family:
     spare = False
     trains_text = False
     guidance = 4.0
+    negative = True
     tags: tuple[str, ...] = ()
 
     def __init__(self, pipe: Any, max_sequence_length: int | None = None, guidance_scale: float = 3.5):
@@ -135,7 +136,7 @@ class Family:
         raise NotImplementedError
 
     def sampling(self, guidance: float | None) -> dict[str, Any]:
-        """The pipeline's arguments for this guidance."""
+        """The pipeline's arguments for this guidance; None: the usual one."""
         length = {"max_sequence_length": self.max_sequence_length} if self.sequence else {}
         return {"guidance_scale": self.guidance if guidance is None else guidance} | length
 

@@ -19,6 +19,7 @@ class Flux(Family):
     )  # fmt: skip
     sequence = (512, 512)
     guidance = 3.5
+    negative = False  # unless it is called with true_cfg_scale
     tags = ("flux",)
 
     def windows(self) -> list[tuple[Any, int]]:

@@ -16,7 +16,7 @@ class Flux2Klein(Family):
     title = "FLUX.2 klein"
     pipelines = ("Flux2KleinPipeline",)
     sequence = (512, 512)
-    guidance = 4.0
+    negative = False
     tags = ("flux2", "flux2-klein")
 
     def shift(self, height: int, width: int) -> float:

@@ -26,13 +26,11 @@ class Krea2(QwenImage):
         return [(self.pipe.tokenizer, self.max_sequence_length - self.pipe.prompt_template_encode_num_suffix_tokens)]
 
     def encode_prompt(self, prompts: list[str]) -> list[Text]:
+        """Without the padding, which is masked in the model; all text is at the same position there."""
         hidden, mask = self.pipe.encode_prompt(
             prompts, device=self.text_device(), max_sequence_length=self.max_sequence_length
         )
-        return [{"hidden": h, "mask": m} for h, m in zip(hidden, mask, strict=True)]
-
-    def collate(self, texts: list[Text]) -> Text:
-        return Family.collate(self, texts)
+        return [{"hidden": h[m]} for h, m in zip(hidden, mask, strict=True)]
 
     def predict(self, model: nn.Module, noisy: torch.Tensor, level: torch.Tensor, text: Text) -> torch.Tensor:
         samples, channels, height, width = noisy.shape
