@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 from peft_krona import KronAConfig, KronALayer
 
@@ -212,3 +221,45 @@ def test_sft_on_a_4_bit_base(tmp_path):
     trainer.save_model(str(tmp_path / "saved"))
     loaded = PeftModel.from_pretrained(base_model(64), str(tmp_path / "saved"))  # onto the unquantized base
     assert_equal(factors(loaded), {n: p.float() for n, p in factors(trainer.model).items()})
+
+
+def t5():
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0, decoder_start_token_id=0
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def classifier(cls):
+    def build():
+        torch.manual_seed(0)
+        return cls(LlamaConfig(num_labels=3, **base_model().config.to_diff_dict()))
+
+    return build
+
+
+# {task type: (model, labels of a row, the head that is trained whole)}
+TASKS = {
+    "SEQ_CLS": (classifier(LlamaForSequenceClassification), lambda i, ids: i % 3, "score"),
+    "TOKEN_CLS": (classifier(LlamaForTokenClassification), lambda i, ids: [w % 3 for w in ids], "score"),
+    "SEQ_2_SEQ_LM": (t5, lambda i, ids: ids[:4], None),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_other_tasks(task, tmp_path, float64):
+    build, labels, head = TASKS[task]
+    rows = [{"input_ids": r["input_ids"], "labels": labels(i, r["input_ids"])} for i, r in enumerate(data())]
+    model = get_peft_model(build(), KronAConfig(a_out=4, a_in=2, task_type=task))
+    trained = {n.rpartition(".")[0].rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"krona_A", "krona_B", *(["default"] if head else [])}  # score.modules_to_save.default.weight
+    trainer = Trainer(model, arguments(tmp_path / "run"), train_dataset=rows, eval_dataset=rows[:2])
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    batch = {"input_ids": torch.tensor([rows[0]["input_ids"]])}
+    batch |= {"decoder_input_ids": torch.tensor([[0, 5]])} if task == "SEQ_2_SEQ_LM" else {}
+    logits = model.eval()(**batch).logits
+    loaded = PeftModel.from_pretrained(build(), str(tmp_path / "saved"))
+    assert torch.equal(loaded(**batch).logits, logits) and not torch.equal(build().eval()(**batch).logits, logits)
+    torch.testing.assert_close(loaded.merge_and_unload()(**batch).logits, logits)
