@@ -252,6 +252,31 @@ def test_every_layer_has_its_own_format():
 
 
 @pytest.mark.parametrize(
+    "parts",
+    [
+        {"lokr_w1": (4, 2), "lokr_w2": (8, 16)},
+        {"lokr_w1": (4, 2), "lokr_w2_a": (8, 2), "lokr_w2_b": (2, 16), "alpha": ()},
+        {"lora_down.weight": (4, 32), "lora_up.weight": (32, 4), "alpha": ()},
+        {"lora_A.weight": (4, 32), "lora_B.weight": (32, 4)},
+        {"hada_w1_a": (32, 2), "hada_w1_b": (2, 32), "hada_w2_a": (32, 2), "hada_w2_b": (2, 32), "alpha": ()},
+    ],
+    ids=lambda parts: next(iter(parts)),
+)
+@pytest.mark.parametrize("scale", [(32, 1), (1, 32), (32,)], ids=str)
+def test_dora_is_refused_by_name_in_every_format(parts, scale):
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{name}.{ending}": torch.ones(shape) for ending, shape in parts.items()}
+    assert len(from_tensors(tensors)) == 1
+    with pytest.raises(FormatError) as error:
+        from_tensors(tensors | {f"{name}.dora_scale": torch.ones(scale)})
+    assert str(error.value) == (
+        f"'{name}' is DoRA ('dora_scale'): the layer's weight becomes m (W + dW) / ||W + dW||, which depends on W and is "
+        "no plain low-rank update and no fixed Kronecker one. Merge the file with the tool that made it, then extract the "
+        "difference of the two models."
+    )
+
+
+@pytest.mark.parametrize(
     ("key", "message"),
     [
         ("out_0.w_norm", "normalisation layer.*read by LyCORIS, ComfyUI and A1111"),
@@ -351,7 +376,7 @@ def test_loha_folders_are_what_peft_computes(tmp_path):
           for start in ("pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga")),
         ({"init_lora_weights": "banana"}, "init_lora_weights='banana' is not known here"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is set; aLoRA acts on"),
-        ({"use_dora": True}, "use_dora is set; DoRA"),
+        ({"use_dora": True}, "use_dora is set; DoRA .* merge it with PEFT, then extract"),
         ({"use_qalora": True}, "use_qalora is set"),
         ({"lora_bias": True}, "lora_bias is set"),
         ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication is set"),

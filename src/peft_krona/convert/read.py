@@ -326,6 +326,12 @@ def _layers(
         if format.read is None:
             key = f"{name}.{next(ending for ending in parts if ending in format.endings)}"
             raise FormatError(f"This is a {format.name} file ('{key}'), which {format.refuses}.")
+        if "dora_scale" in parts:
+            raise FormatError(
+                f"'{name}' is DoRA ('dora_scale'): the layer's weight becomes m (W + dW) / ||W + dW||, which depends "
+                "on W and is no plain low-rank update and no fixed Kronecker one. Merge the file with the tool that made "
+                "it, then extract the difference of the two models."
+            )
         readers[name] = format.read
     if any("alpha" in parts for _, parts in found.values()):
         metadata = {key: value for key, value in metadata.items() if "alpha" not in key and "lora_alpha" not in value}

@@ -61,10 +61,8 @@ def _read(name: str, parts: Parts, metadata: Mapping[str, str]) -> Factors:
     """Exact: the elementwise product of matrices of ranks p and q is a LoRA of rank p q, one for each pair of terms.
 
     Raises:
-        FormatError: names the layer: parts missing or with shapes that do not fit, DoRA, alpha not positive.
+        FormatError: names the layer: parts missing or with shapes that do not fit, alpha not positive.
     """
-    if "dora_scale" in parts:
-        raise FormatError(f"'{name}' is DoRA ('dora_scale'): it rescales the base weights and is no fixed update.")
     w1_a, w1_b, w2_a, w2_b = (
         factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in complete(name, parts, _FACTORS)
     )

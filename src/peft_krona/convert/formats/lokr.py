@@ -26,7 +26,7 @@ def _read(name: str, parts: Parts, metadata: Mapping[str, str]) -> Factors:
     """Exact, layout "kron"; low-rank sides are multiplied out.
 
     Raises:
-        FormatError: names the layer: sides missing or doubled, shapes that do not fit, DoRA, alpha not positive.
+        FormatError: names the layer: sides missing or doubled, shapes that do not fit, alpha not positive.
     """
     w1, w2, scale = _sides(name, parts, metadata)
     factor = _unfolded_scale(metadata)
@@ -61,11 +61,6 @@ def _sides(
 
 def _sides_and_ranks(name: str, parts: Parts) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
     """w1, w2 and the ranks of the sides that are low-rank."""
-    if "dora_scale" in parts:
-        raise FormatError(
-            f"'{name}' is DoRA ('dora_scale'): it rescales the base weights and is no fixed update. Merge it with the "
-            "tool that made it, then extract the difference of the two checkpoints."
-        )
     ranks = {}
     sides = []
     for side in ("lokr_w1", "lokr_w2"):

@@ -37,7 +37,7 @@ def _read(name: str, parts: Parts, metadata: Mapping[str, str]) -> Factors:
     """Exact, with a_out = out, a_in = 1, b_out = 1, b_in = in and r = rank. Without an alpha the scale is 1.
 
     Raises:
-        FormatError: names the layer: a half missing, shapes that do not fit, DoRA, a Tucker core, alpha not positive.
+        FormatError: names the layer: a half missing, shapes that do not fit, a Tucker core, alpha not positive.
     """
     down, up = _pair(name, parts)
     A, B = as_krona_terms(name, down, up)
@@ -48,9 +48,8 @@ def _read(name: str, parts: Parts, metadata: Mapping[str, str]) -> Factors:
 
 def _pair(name: str, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
     """down (rank, in, *kernel) and up (out, rank, 1...)."""
-    for extra in ("dora_scale", "lora_mid.weight"):
-        if extra in parts:
-            raise FormatError(f"'{name}.{extra}': LoRA with this extra part is no plain low-rank update.")
+    if "lora_mid.weight" in parts:
+        raise FormatError(f"'{name}.lora_mid.weight': LoRA with this extra part is no plain low-rank update.")
     endings = next((pair for pair in _DIALECTS if not parts.keys().isdisjoint(pair)), _DIALECTS[0])
     down, up = complete(name, parts, endings)
     return down, up
@@ -58,7 +57,8 @@ def _pair(name: str, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
 
 # Settings of a LoraConfig under which PEFT does not compute W + s B A, and what it computes.
 _OTHER_UPDATES = {
-    "use_dora": "DoRA rescales the base weights and is no fixed update",
+    "use_dora": "DoRA rescales the base weights and is no fixed update; merge it with PEFT, then extract the "
+    "difference of the two models",
     "alora_invocation_tokens": "aLoRA acts on the tokens after an invocation only",
     "use_qalora": "QA-LoRA sums groups of inputs before A",
     "lora_bias": "lora_B has a bias, which is no update of a weight",
