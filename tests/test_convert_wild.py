@@ -270,9 +270,9 @@ def test_dora_is_refused_by_name_in_every_format(parts, scale):
     with pytest.raises(FormatError) as error:
         from_tensors(tensors | {f"{name}.dora_scale": torch.ones(scale)})
     assert str(error.value) == (
-        f"'{name}' is DoRA ('dora_scale'): the layer's weight becomes m (W + dW) / ||W + dW||, which depends on W and is "
-        "no plain low-rank update and no fixed Kronecker one. Merge the file with the tool that made it, then extract the "
-        "difference of the two models."
+        f"'{name}' is DoRA ('dora_scale'): the layer's weight becomes m (W + dW) / ||W + dW||, which depends on W and "
+        "is no plain low-rank update and no fixed Kronecker one. Merge the file with the tool that made it, then "
+        "extract the difference of the two models."
     )
 
 

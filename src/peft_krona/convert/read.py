@@ -329,8 +329,8 @@ def _layers(
         if "dora_scale" in parts:
             raise FormatError(
                 f"'{name}' is DoRA ('dora_scale'): the layer's weight becomes m (W + dW) / ||W + dW||, which depends "
-                "on W and is no plain low-rank update and no fixed Kronecker one. Merge the file with the tool that made "
-                "it, then extract the difference of the two models."
+                "on W and is no plain low-rank update and no fixed Kronecker one. Merge the file with the tool that "
+                "made it, then extract the difference of the two models."
             )
         readers[name] = format.read
     if any("alpha" in parts for _, parts in found.values()):
