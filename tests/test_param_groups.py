@@ -207,24 +207,43 @@ def test_a_part_of_a_model_does_not_know_the_init():
         krona_param_groups(nn.Sequential(model.base_model.model.lin0), 1e-3)
 
 
-# -- PEFT's helper for LoRA+ -------------------------------------------------------------------------------------------
+# -- PEFT's optimizers for LoRA ----------------------------------------------------------------------------------------
+
+HELPERS = {
+    "create_loraplus_optimizer": (
+        lambda model: peft.optimizers.create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0
+        ),
+        "loraplus_lr_ratio has no effect on them. Use optimizer_cls",
+    ),
+    "create_lorafa_optimizer": (
+        lambda model: peft.optimizers.create_lorafa_optimizer(model, r=2, lora_alpha=4, lr=1e-3),
+        "it trains both of KronA's as AdamW does, and freezes none. Freeze krona_A yourself",
+    ),
+}
 
 
-def loraplus(model):
-    return peft.optimizers.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
-
-
-def test_loraplus_says_that_it_has_no_effect_here():
+@pytest.mark.parametrize("name", HELPERS)
+def test_a_helper_for_lora_says_that_it_does_nothing_for_krona(name):
+    create, says = HELPERS[name]
     model = adapted_mlp()
-    with pytest.warns(RuntimeWarning, match="loraplus_lr_ratio has no effect on them. Use optimizer_cls") as caught:
-        optimizer = loraplus(model)
-    assert [w.filename for w in caught if "loraplus" in str(w.message)] == [__file__]  # the line that called it
+    with pytest.warns(RuntimeWarning, match=f"{name} knows LoRA's factors only: ") as caught:
+        optimizer = create(model)
+    (warning,) = [w for w in caught if "LoRA's factors" in str(w.message)]
+    assert says in str(warning.message) and warning.filename == __file__  # the line that called it
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
-    assert {rates[id(p)] for p in model.parameters() if p.requires_grad} == {1e-3}  # as the warning says
+    trained = [p for n, p in model.named_parameters() if "krona_" in n]
+    assert all(p.requires_grad for p in trained) and {rates[id(p)] for p in trained} == {1e-3}  # as the warning says
 
 
+@pytest.mark.parametrize("name", HELPERS)
 @pytest.mark.parametrize("other", [LoraConfig(target_modules=["lin0"], r=2), VeraConfig(target_modules=["lin0"], r=2)])
-def test_loraplus_is_as_it_was_for_others(other):
+def test_a_helper_for_lora_is_as_it_was_for_others(name, other):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loraplus(get_peft_model(mlp(), other))
+        HELPERS[name][0](get_peft_model(mlp(), other))
+
+
+def test_the_helper_that_finds_no_lora_refuses_by_itself():
+    with pytest.raises(ValueError, match="did not find any trainable lora_A/lora_B"):
+        peft.optimizers.create_riemannian_optimizer(adapted_mlp(), torch.optim.AdamW, lr=1e-3)

@@ -106,11 +106,15 @@ def test_what_is_added_to_the_card_of_a_saved_folder():
     assert "self.create_or_update_model_card(save_directory)" in inspect.getsource(peft.PeftModel.save_pretrained)
 
 
-def test_what_the_optimizer_of_loraplus_calls():
-    from peft.optimizers import loraplus
+def test_what_the_optimizers_for_lora_call():
+    from peft.optimizers import lorafa, loraplus
 
     assert loraplus.get_parameter_names._before_peft_krona.__name__ == "get_parameter_names"
     assert "get_parameter_names(model, " in inspect.getsource(loraplus.create_loraplus_optimizer)
+    original = lorafa.LoraFAOptimizer.__init__._before_peft_krona
+    assert list(inspect.signature(original).parameters)[:2] == ["self", "params"]
+    source = inspect.getsource(lorafa.create_lorafa_optimizer)
+    assert "LoraFAOptimizer(" in source and '"names": ' in source and '"params": ' in source
 
 
 def test_what_hotswapping_is_given():

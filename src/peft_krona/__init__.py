@@ -23,12 +23,12 @@ from .layers import KronALayer  # noqa: E402
 from .merge import merged  # noqa: E402
 from .model import KronAModel  # noqa: E402
 from .ops import kron_linear  # noqa: E402
-from .param_groups import krona_param_groups, warn_that_loraplus_is_for_lora  # noqa: E402
+from .param_groups import krona_param_groups, warn_that_it_is_for_lora  # noqa: E402
 from .share import line as _share_line  # noqa: E402
 
 _register.register(KronAConfig, KronAModel, KronALayer)
 _register.add_to_print(_share_line)
-_register.add_to_loraplus(warn_that_loraplus_is_for_lora)
+_register.add_to_optimizers(warn_that_it_is_for_lora)
 _register.add_to_model_card(KronAConfig)
 _register.register_hotswap(KronAConfig, hotswap.swap, hotswap.prepare, hotswap.make_scalings_tensors)
 _diffusers.register()

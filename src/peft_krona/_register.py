@@ -129,21 +129,34 @@ def add_to_model_card(config_cls: type) -> None:
     _replace(PeftModel, "create_or_update_model_card", writing)
 
 
-def add_to_loraplus(warn: Callable[[Any], None]) -> None:
-    """Let PEFT's `create_loraplus_optimizer` call `warn(model)` first.
+def add_to_optimizers(warn: Callable[[Any, str], None]) -> None:
+    """Let PEFT's `create_loraplus_optimizer` and `create_lorafa_optimizer` call `warn(parameters, name)` first.
 
-    What is replaced is a function that it calls: scripts hold its own name from before this package is imported.
+    Args:
+        warn: gets the (name, parameter) pairs that are optimized, and the function's name.
+
+    What is replaced is what these functions call: scripts hold their own names from before this package is imported.
     """
-    from peft.optimizers import loraplus
+    from peft.optimizers import lorafa, loraplus
 
-    def warning(original: Callable) -> Callable:
+    def warning_by_model(original: Callable) -> Callable:
         def get_parameter_names(model, *args, **kwargs):
-            warn(model)
+            warn(model.named_parameters(), "create_loraplus_optimizer")
             return original(model, *args, **kwargs)
 
         return get_parameter_names
 
-    _replace(loraplus, "get_parameter_names", warning)
+    def warning_by_groups(original: Callable) -> Callable:
+        def __init__(self, params, *args, **kwargs):
+            groups = [group for group in params if isinstance(group, dict)] if isinstance(params, list) else []
+            named = (pair for group in groups for pair in zip(group.get("names", ()), group["params"], strict=False))
+            warn(named, "create_lorafa_optimizer")
+            original(self, params, *args, **kwargs)
+
+        return __init__
+
+    _replace(loraplus, "get_parameter_names", warning_by_model)
+    _replace(lorafa.LoraFAOptimizer, "__init__", warning_by_groups)
 
 
 def _register_with_mixed_models(config_cls: type, model_cls: Any, layer_cls: type) -> None:

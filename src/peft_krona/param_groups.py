@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -85,16 +86,19 @@ def krona_param_groups(
     ]
 
 
-def warn_that_loraplus_is_for_lora(model: nn.Module) -> None:
-    """For PEFT's `create_loraplus_optimizer`, which tells the sides of a LoRA apart by their names."""
-    if any(p.requires_grad for layer in _layers(model) for p in _factors(layer)):
-        warnings.warn(
-            "create_loraplus_optimizer knows LoRA's factors only: both of KronA's get the same learning rate, and "
-            "loraplus_lr_ratio has no effect on them. Use optimizer_cls(peft_krona.krona_param_groups(model, lr, "
-            "ratio)).",
-            RuntimeWarning,
-            stacklevel=4,  # this < the wrapper of `_register` < PEFT's function < its caller
-        )
+_ONLY_FOR_LORA = {
+    "create_loraplus_optimizer": "both of KronA's get the same learning rate, and loraplus_lr_ratio has no effect on "
+    "them. Use optimizer_cls(peft_krona.krona_param_groups(model, lr, ratio)).",
+    "create_lorafa_optimizer": "it trains both of KronA's as AdamW does, and freezes none. Freeze krona_A yourself "
+    "(requires_grad_(False)) and use AdamW.",
+}
+
+
+def warn_that_it_is_for_lora(parameters: Iterable[tuple[str, nn.Parameter]], function: str) -> None:
+    """For PEFT's optimizers that find the sides of a LoRA by their names, and leave other adapters as they are."""
+    if any(parameter.requires_grad and ".krona_" in f".{name}" for name, parameter in parameters):
+        # stacklevel: this < the wrapper of `_register` < PEFT's function < its caller
+        warnings.warn(f"{function} knows LoRA's factors only: {_ONLY_FOR_LORA[function]}", RuntimeWarning, stacklevel=4)
 
 
 def _check(name: str, value: Any, ok: Any, allowed: str) -> None:
@@ -105,10 +109,6 @@ def _check(name: str, value: Any, ok: Any, allowed: str) -> None:
 
 def _layers(model: nn.Module) -> list[KronALayer]:
     return [module for module in model.modules() if isinstance(module, KronALayer)]
-
-
-def _factors(layer: KronALayer) -> list[nn.Parameter]:
-    return [*layer.krona_A.values(), *layer.krona_B.values()]
 
 
 def _sides(model: nn.Module) -> dict[int, str]:
