@@ -2,6 +2,7 @@
 """What stands behind the page: uploads, the training's command and progress, counts, drawing. No browser, no Gradio."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -111,6 +112,13 @@ def test_the_count_is_what_is_trained(counter, kind, a_in, rank):
     unet.add_adapter(adapter_config(args, "unet"))
     for _ in range(2):  # the counter is left as it was
         assert counter.count(kind, 64, a_in, rank) == trainable(unet)
+
+
+def test_two_counts_at_once(counter):
+    """The page asks for one while a training that is being started asks for another."""
+    with ThreadPoolExecutor(4) as pool:
+        counts = list(pool.map(lambda a_in: counter.count("krona", 64, a_in, 1), [4, 8] * 3))
+    assert counts == [counter.count("krona", 64, 4, 1), counter.count("krona", 64, 8, 1)] * 3
 
 
 @pytest.mark.parametrize("a_out, a_in, rank", [(0, 4, 1), (64, -1, 1), (64, 4, 0)])

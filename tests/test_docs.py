@@ -53,7 +53,7 @@ def test_numbers_of_the_readme_are_the_tables_():
     """The README's numbers of parameters and files are docs/counts.py's, those of time docs/performance.md's."""
     from docs import counts
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     krona, lora = counts.krona("SDXL", 64, 4), counts.lora("SDXL", 4)
     wanted = f"{krona / 1e6:.1f} million parameters, a file of {4 * krona / 1e6:.0f} MB; LoRA of rank 4 has"
     assert f"{wanted} {lora / 1e6:.1f} million and {4 * lora / 1e6:.0f} MB." in text
@@ -63,9 +63,10 @@ def test_numbers_of_the_readme_are_the_tables_():
     of_lora, of_lokr = ([float(row[i]) for row in layers] for i in (6, 7))
     assert len(layers) >= 8
     assert f"adds {min(of_lora):.2f} to {max(of_lora):.2f} of the time that LoRA of rank 4 adds" in text
-    assert f"LoKr adds {int(1 / max(of_lokr))} times" in text
+    assert f"LoKr adds {int(1 / max(of_lokr))} times as much or more" in text
     steps = {row[0]: row[5] for row in rows if len(row) == 7}
-    for name, words in (("KronA (64,4)", "takes {}"), ("PEFT LoRA r=4", "with LoRA {}"), ("PEFT LoKr", "with LoKr {}")):
+    said = {"KronA (64,4)": "takes {} of", "PEFT LoRA r=4": "with LoRA {}", "PEFT LoKr": "with LoKr {}"}
+    for name, words in said.items():
         assert words.format(steps[name]) in text
 
 
