@@ -14,12 +14,15 @@ import torch
 from torch import nn
 from torch._C._functorch import unwrap_if_dead as _unwrap_if_dead
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn.modules import module as _every
 
 # -- torch: who looks at single ops ------------------------------------------------------------------------------------
 
 # () -> bool: whether a transform of torch.func (grad, vmap, jvp, ...) is active.
 functorch_active = torch._C._are_functorch_transforms_active
+# () -> bool: whether autocast is on for any kind of device, in half the time that asking for one takes.
+any_autocast = torch._C._is_any_autocast_enabled
 # () -> int: how many dispatch modes (fake tensors, tracing, selective activation checkpointing, ...) are active.
 dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -27,6 +30,18 @@ dispatch_modes = torch._C._len_torch_dispatch_stack
 def looks_inside() -> bool:
     """`sees_single_ops`, or a dispatch mode is active, which sees them too. Asked in every call: one frame."""
     return functorch_active() or forward_ad._current_level >= 0 or dispatch_modes() > 0 or torch._C._is_tracing()
+
+
+def sees_calls() -> bool:
+    """`looks_inside`, or torch.compile traces, or autocast is on: a call is more than torch's eager ops. One frame."""
+    return (
+        is_compiling()
+        or any_autocast()
+        or functorch_active()
+        or forward_ad._current_level >= 0
+        or dispatch_modes() > 0
+        or torch._C._is_tracing()
+    )
 
 
 def apply_node(node: type[torch.autograd.Function], *arguments: Any) -> Any:

@@ -67,6 +67,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self.base_scaling: dict[str, float] = {}
         self.layout: dict[str, Layout] = {}
         self.module_dropout: dict[str, float] = {}
+        self._drops = False  # whether an adapter has krona_dropout: asked in every call, so not of the modules
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True
@@ -128,6 +129,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self.module_dropout[adapter_name] = config.module_dropout
         dropout = nn.Dropout(config.krona_dropout) if config.krona_dropout else nn.Identity()
         self.krona_dropout[adapter_name] = dropout.train(self.training)
+        self._drops = self._drops or bool(config.krona_dropout)
         self.krona_A[adapter_name] = nn.Parameter(torch.empty(r, a_out, a_in))
         self.krona_B[adapter_name] = nn.Parameter(torch.empty(r, n_out // a_out, n_in // a_in, *self._kernel()))
         self.reset_parameters(adapter_name, config.init_weights)

@@ -11,7 +11,12 @@ from torch import nn
 from .._compat import has_hooks, is_offloaded
 from ..config import KronAConfig
 from ..ops import Frozen, kron_linear
+from ..ops.linear import kron_over_frozen
+from ..ops.operands import Update
 from .base import KronALayer
+
+_LINEAR = nn.Linear.forward
+_PLAIN = (nn.Parameter, torch.Tensor)
 
 
 class Linear(KronALayer):
@@ -33,21 +38,21 @@ class Linear(KronALayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Base layer plus active adapters, see `KronALayer.forward`; most calls are one adapter on a plain x.
 
-        Those go straight to the op. The questions are asked in every call, so they read the modules' dicts: a parameter
-        or module through nn.Module.__getattr__ takes several times as long.
+        Those go straight to the op. What is asked in every call is read from the modules' dicts, and from as few of
+        them as possible: of a layer with few tokens, most of the time goes to fetching Python objects from memory.
         """
         if args or kwargs or self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
         active: str | list[str] = self._active_adapter
         modules: dict[str, Any] = self._modules
-        name = active if type(active) is str else active[0] if len(active) == 1 else ""
+        name = active if isinstance(active, str) else active[0] if len(active) == 1 else ""
         factors_A = modules["krona_A"]
         A = factors_A._parameters.get(name)
         if A is None or is_offloaded(factors_A) or (frozen := self._plain_frozen_base(name)) is None:
             return super().forward(x)
         B = modules["krona_B"]._parameters[name]
-        scale = self._scale(name) if self.training else self.scaling[name]
-        return kron_linear(x, A, B, scale=scale, base=frozen, layout=self.layout[name])
+        scale = self._scale(name) if self.training and self.module_dropout[name] else self.scaling[name]
+        return kron_over_frozen(x, Update(A, B, scale), frozen, self.layout[name])
 
     def _adapted(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         first = names[0]
@@ -81,20 +86,20 @@ class Linear(KronALayer):
         """
         modules: dict[str, Any] = self._modules
         base = modules["base_layer"]
-        state = base.__dict__
         if (
-            type(base).forward is not nn.Linear.forward
+            base.__class__.forward is not _LINEAR
             or has_hooks(base)
             or self.quantization_backend is not None
-            or (self.training and type(modules["krona_dropout"]._modules[name]) is not nn.Identity)
+            or (self._drops and self.training and type(modules["krona_dropout"]._modules[name]) is not nn.Identity)
         ):
             return None
+        state = base.__dict__
         parameters = state["_parameters"]
         try:  # a plain tensor may stand for either of them; one that is found nowhere is parametrized
             weight = parameters["weight"] if "weight" in parameters else state["weight"]
             bias = parameters["bias"] if "bias" in parameters else state["bias"]
         except KeyError:
             return None
-        if type(weight) not in (nn.Parameter, torch.Tensor) or weight.requires_grad or not weight.is_floating_point():
+        if weight.__class__ not in _PLAIN or weight.requires_grad or not weight.is_floating_point():
             return None
         return None if bias is not None and bias.requires_grad else Frozen(weight, bias)

@@ -7,11 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from .._compat import any_autocast
 from .operands import Update
 
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for tensors of this device; a meta device, for one, has none and raises if asked."""
+    if not any_autocast():
+        return False
     kind = device.type
     return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 

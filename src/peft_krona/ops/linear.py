@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import torch
+from torch.compiler import is_compiling
 
-from .._compat import looks_inside, unwrap_if_dead
+from .._compat import apply_node, looks_inside, sees_calls, unwrap_if_dead
 from ..errors import ShapeError
 from ..factors import Layout, Order
+from . import backend as backends
 from .backend import Backend, choose_backend
 from .dtypes import autocasts, compute_dtype, with_number
 from .node import run
 from .operands import Base, Frozen, Update
-from .plan import MANY, Plan, at_least, cached_plan, check_x, make_plan
+from .plan import MANY, Plan, cached_plan, check_values, check_width, make_plan, plan_for
 from .torch_impl import KronAdd, inplace_op, plain_op
 from .triton.library import fused_add
 
@@ -58,20 +60,18 @@ def kron_linear(
     >>> torch.allclose(y, x @ dW.T, atol=1e-5)
     True
     """
-    device = x.device
-    casts = autocasts(device)
-    dtype = compute_dtype(x) if casts else x.dtype
+    dtype = compute_dtype(x) if (casts := autocasts(x.device)) else x.dtype
     plan = plan_of(x, A, B, (layout, order), dtype)
     if base.__class__ is Frozen:
-        if base.weight.shape != (plan[1] * plan[3], plan[2] * plan[4]):
+        if base[0].shape != (plan[1] * plan[3], plan[2] * plan[4]):
             expected, got = (plan.n_out, plan.n_in), tuple(base.weight.shape)
             raise ShapeError(f"Expected a frozen weight of shape {expected}, got {got}.")
     elif base is not None and base.shape != (*x.shape[:-1], plan.n_out):
         raise ShapeError(f"Expected base of shape {(*x.shape[:-1], plan.n_out)}, got {tuple(base.shape)}.")
-    backend = choose_backend(backend, device, dtype)
+    backend = choose_backend(backend, x.device, dtype)
     if not casts:
         return compute(x, Update(A, B, scale), base, plan, backend)
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         if isinstance(base, Frozen):
             base = Frozen(base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype))
         return compute(x.to(dtype), Update(A, B, scale), base, plan, backend)
@@ -81,31 +81,45 @@ def plan_of(
     x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, wanted: tuple[Layout, Order | None], dtype: torch.dtype
 ) -> Plan:
     """The plan for x (..., in), A (r, a_out, a_in) and B (r, b_out, b_in), after checking that they fit."""
-    layout, order = wanted
-    if torch.compiler.is_compiling():  # a graph has to serve any number of tokens
-        tokens, make = MANY, make_plan
-    else:
-        tokens = at_least(x.numel() // (x.shape[-1] or 1)) if x.dim() else 0
-        make = cached_plan if type(A) in _REAL and type(B) in _REAL else make_plan
-    plan = make(A.shape, B.shape, layout, order, (A.device.type, dtype, tokens))
-    if A.is_meta or B.is_meta or x.is_nested or x.layout is not torch.strided or x.shape[-1:] != (plan[2] * plan[4],):
-        check_x(x, A, B, plan)
-    return plan
+    if A.is_meta or B.is_meta or x.is_nested or x.layout is not torch.strided:
+        check_values(x, A, B)
+    if is_compiling():  # a graph has to serve any number of tokens
+        plan = make_plan(A.shape, B.shape, *wanted, (A.device.type, dtype, MANY))
+        check_width(x.shape, plan)
+        return plan
+    make = cached_plan if type(A) in _REAL and type(B) in _REAL and type(x) in _REAL else plan_for
+    return make(x.shape, A.shape, B.shape, wanted, (x.device, dtype, x.dtype is dtype and A.dtype is torch.float32))
 
 
 _REAL = (torch.Tensor, torch.nn.Parameter)  # others, such as fake tensors, may have symbols for sizes
 
 
+def kron_over_frozen(x: torch.Tensor, update: Update, frozen: Frozen, layout: Layout) -> torch.Tensor:
+    """`kron_linear(x, *update, base=frozen, layout=layout)` (..., out) for a layer, whose factors (r, a_out, a_in) and
+    (r, b_out, b_in) fit its weight (out, in), and for x (..., in): in eager mode on torch, that and no more is asked.
+    """
+    A, B, scale = update
+    if sees_calls() or backends.DEFAULT != "torch" or scale.__class__ is torch.Tensor:
+        return kron_linear(x, A, B, scale=scale, base=frozen, layout=layout)
+    plan = plan_of(x, A, B, (layout, None), x.dtype)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if torch.is_grad_enabled():
+        return apply_node(KronAdd, unwrap_if_dead(x), A, B, None, (scale, frozen, plan))
+    return inplace_op(x, update, frozen, plan)[0]
+
+
 def compute(x: torch.Tensor, update: Update, base: Base, plan: Plan, backend: Backend) -> torch.Tensor:
     """base + the product (..., out) outside autocast, for x (..., in) in the compute dtype, of any strides."""
-    if isinstance(base, torch.Tensor) and base.dtype != x.dtype:  # e.g. an fp32 residual stream over a bf16 product
+    plain = base.__class__ is Frozen or base is None
+    if not plain and base.dtype != x.dtype:  # e.g. an fp32 residual stream over a bf16 product
         return base + compute(x, update, None, plan, backend).to(base.dtype)
     if backend == "triton":
         return fused_add(x, update, base, plan)
     x = x.contiguous()
     # For all that looks at, records or differentiates single ops, the op is ordinary torch. A dispatch mode is one:
     # selective activation checkpointing keeps the results of chosen ops, which must then not be added to in place.
-    if torch.compiler.is_compiling() or looks_inside():
+    if is_compiling() or looks_inside():
         return plain_op(x, update, base, plan)
     if isinstance(update[2], torch.Tensor):
         update = with_number(update)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the autograd nodes of both backends have in common: their arguments, and what they keep for backward.
 
-A node computes base + product for the flat arguments (x, A, B, scale, base, weight, bias, plan), which is the order of
-x, update, base, plan with the tuples taken apart, as autograd only sees tensors that are arguments of their own.
+A node computes base + product for the arguments (x, A, B, base, settings): autograd only sees tensors that are
+arguments of their own. What has no gradient is in `Settings`: s, the frozen layer, the plan.
 """
 
 from __future__ import annotations
@@ -16,35 +16,24 @@ from .operands import Base, Frozen, Update
 from .plan import Plan
 
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # of x, A and B
+Settings = tuple[float, Frozen | None, Plan]  # s, the frozen layer if that is the base, and the plan
 
 
 def run(node: type[torch.autograd.Function], x: torch.Tensor, update: Update, base: Base, plan: Plan) -> torch.Tensor:
     """The node's output (..., out) for x (..., in)."""
-    A, B, scale = update
     if base.__class__ is Frozen:
-        return apply_node(node, x, A, B, scale, None, base[0], base[1], plan)
-    return apply_node(node, x, A, B, scale, base, None, None, plan)
+        return apply_node(node, x, update[0], update[1], None, (update[2], base, plan))
+    return apply_node(node, x, update[0], update[1], base, (update[2], None, plan))
 
 
-def base_of(base: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None) -> Base:
-    """The base that a node's flat arguments stand for: base (..., out), weight (out, in), bias (out,), or None."""
-    return base if weight is None else Frozen(weight, bias)
-
-
-def keep(ctx: Any, x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor | None, factors: tuple) -> None:
+def keep(ctx: Any, activations: tuple, frozen: Frozen | None, factors: tuple) -> None:
     """Keep for backward what it reads and no more.
 
-    x (..., in) and h (T, intermediate): only for the factors' gradients, so a frozen adapter keeps no activation.
-    weight (out, in), which under autocast is a copy: only for x's gradient. factors: as the backend wants them.
+    activations: x (..., in) and h (T, intermediate), only for the factors' gradients, so a frozen adapter keeps none.
+    frozen: its weight, which under autocast is a copy, only for x's gradient. factors: as the backend wants them.
     """
-    need_x, need_A, need_B = ctx.needs_input_grad[:3]
-    if need_A or need_B:
-        ctx.save_for_backward(x, h, weight if need_x else None, *factors)
+    needs, weight = ctx.needs_input_grad, None if frozen is None else frozen[0]
+    if needs[1] or needs[2]:
+        ctx.save_for_backward(*activations, weight if needs[0] else None, *factors)
     else:
         ctx.save_for_backward(None, None, weight, *factors)
-
-
-def flat(ctx: Any, gradients: Gradients, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The gradients in the order of a node's arguments; dy (..., out) is that of a base."""
-    dX, dA, dB = gradients
-    return dX, dA, dB, None, dy if ctx.needs_input_grad[4] else None, None, None, None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -26,7 +27,10 @@ class Target(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Sizes, layout, contraction order (torch_impl.py) and variant (apply_A.py; b_first only) of a product."""
+    """Sizes, layout, contraction order (torch_impl.py) and variant (apply_A.py; b_first only) of a product.
+
+    wide: 16-bit tensors are multiplied in fp32, by the torch backend in eager mode (see `multiplies_wide`).
+    """
 
     r: int
     a_out: int
@@ -36,6 +40,7 @@ class Plan(NamedTuple):
     layout: Layout
     order: Order
     variant: Variant = "batched"
+    wide: bool = False
 
     @classmethod
     def of(
@@ -78,7 +83,32 @@ def make_plan(
     return plan._replace(variant=default_variant(plan, Target(*target)))
 
 
-cached_plan = functools.lru_cache(maxsize=4096)(make_plan)  # asked for in every call, and a model has few shapes
+def plan_for(
+    x: tuple[int, ...],
+    A: tuple[int, ...],
+    B: tuple[int, ...],
+    wanted: tuple[Layout, Order | None],
+    target: tuple[torch.device, torch.dtype, bool],
+) -> Plan:
+    """The plan for tensors of the shapes x = (..., in), A = (r, a_out, a_in) and B = (r, b_out, b_in).
+
+    wanted: layout and order. target: device, dtype, and whether
+    x is of that dtype already and the factors are in fp32.
+
+    Raises:
+        ShapeError: see `make_plan`; or x is not as wide as the factors say.
+    """
+    device, dtype, may_widen = target
+    goal = Target(device.type, dtype, at_least(math.prod(x[:-1])))
+    plan = make_plan(A, B, *wanted, goal)
+    if may_widen and multiplies_wide(goal):
+        plan = plan._replace(wide=True)
+    check_width(x, plan)
+    return plan
+
+
+# Asked for in every call. A step has few shapes, and an entry is small.
+cached_plan = functools.lru_cache(maxsize=16384)(plan_for)
 
 
 def at_least(tokens: int) -> int:
@@ -121,25 +151,20 @@ def check_values(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> None:
         raise ShapeError(f"Expected x as an ordinary (strided) tensor, got a {kind} one. Pad it, or make it dense.")
 
 
-def check_x(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, plan: Plan) -> None:
-    """Check x (..., in) and that A (r, a_out, a_in) and B (r, b_out, b_in) have values.
-
-    Raises:
-        ShapeError, BackendError: see `check_values`; or x is not as wide as the plan.
-    """
-    check_values(x, A, B)
-    if not x.dim() or x.shape[-1] != plan.n_in:
+def check_width(x: tuple[int, ...], plan: Plan) -> None:
+    """Raises ShapeError if x (..., in) is not as wide as the plan."""
+    if not x or x[-1] != plan.n_in:
         raise ShapeError(
             f"Expected x with a last dimension of a_in * b_in = {plan.a_in} * {plan.b_in} = {plan.n_in}, "
-            f"got x of shape {tuple(x.shape)}."
+            f"got x of shape {tuple(x)}."
         )
 
 
 def default_variant(plan: Plan, target: Target) -> Variant:
     """The variant of the product with A that suits this plan's sizes. docs/performance.md has the measurements."""
     Q, u, n_in = plan.r * plan.a_in, plan.b_out, plan.n_in
-    if u == 1 and (target.device != "cpu" or target.dtype == torch.float32 or target.tokens >= FEW):
-        return "expanded"  # A (x) I_1 is A: one GEMM, nothing to build. With few tokens, bmm is the quicker one in bf16
+    if u == 1:
+        return "expanded"  # A (x) I_1 is A: one GEMM, nothing to build
     if target.device != "cpu":  # launches and tensor cores: one GEMM, while it stays small beside the frozen layer's
         return "expanded" if 4 * Q * u <= n_in else "batched"
     if u <= 5 and 2 * Q * u <= n_in and target.tokens >= FEW:  # a matrix of at most half of dW's size
@@ -147,6 +172,12 @@ def default_variant(plan: Plan, target: Target) -> Variant:
     narrow = u < 12 and can_pair(plan) and plan.a_out >= 4 * Q
     # With few tokens, copying h takes longer than the quicker GEMM saves.
     return "paired" if narrow and target.dtype == torch.float32 and target.tokens >= MANY else "batched"
+
+
+def multiplies_wide(target: Target) -> bool:
+    """Whether 16-bit tensors are multiplied in fp32: with few tokens on a CPU, where oneDNN takes 9 us to set up a
+    16-bit product that adds, and two casts take 3."""
+    return target.device == "cpu" and target.dtype.itemsize == 2 and target.tokens < FEW
 
 
 def can_pair(plan: Plan) -> bool:

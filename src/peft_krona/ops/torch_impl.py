@@ -8,10 +8,11 @@ along in an inner dimension of both:
     b_first   U (T, a_in n, b_out) = X B^T   one GEMM over T*a_in rows;    Y += A U     see apply_A.py
     a_first   V (T, a_out n, b_in) = A X     batched over T;               Y += V B^T   one GEMM over T*a_out rows
 
-U and V are the "intermediate" h. `matrices`, `first` and `second` are the contractions. `plain_op` is the
-op as ordinary differentiable torch: torch.compile and torch.func differentiate and fuse that themselves. `KronAdd` is
-the op as one autograd node, which spares passes over x and y: GEMMs accumulate y and dX in place (beta = 1) instead of
-writing the adapter's part out and adding it afterwards. `inplace_op` is its forward.
+U and V are the "intermediate" h. `multiply` and `gradients` are the contractions. `plain_op` is the op as ordinary
+differentiable torch: torch.compile and torch.func differentiate and fuse that themselves. `KronAdd` is the op as one
+autograd node, which spares passes over x and y: GEMMs accumulate y and dX in place (beta = 1) instead of writing the
+adapter's part out and adding it afterwards. `inplace_op` is its forward. Views and frames are few on purpose: of
+layers with few tokens they are most of the time, and a view costs a CPU as much as a small product.
 """
 
 from __future__ import annotations
@@ -22,82 +23,98 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
+from .._compat import any_autocast
 from .apply_A import apply_A, backward_A, sum_over_tokens
 from .dtypes import autocasts, cast_factors
-from .node import Gradients, flat, keep
+from .node import Gradients, keep
 from .operands import Base, Frozen, Update
 from .plan import Plan
 
 Matrices: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # mA and mB
+Kept: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # x and h
 
 
-def matrices(A: torch.Tensor, B: torch.Tensor, plan: Plan) -> Matrices:
-    """A (r, a_out, a_in) and B (r, b_out, b_in) as the matrices mA and mB that multiply.
+def matrices(update: Update, dtype: torch.dtype, plan: Plan) -> Matrices:
+    """s A (r, a_out, a_in) and B (r, b_out, b_in) in `dtype` as the matrices mA and mB that multiply.
 
-    b_first: (1, a_out, a_in n), (n b_out, b_in). a_first: (1, a_out n, a_in), (n b_in, b_out) for "kron",
-    (1, a_in, n a_out), (b_out, b_in n) for "diffusekrona".
+    b_first: (1, a_out, a_in n), without the 1 where `apply_A` wants a matrix, and (n b_out, b_in). a_first:
+    (1, a_out n, a_in), (n b_in, b_out) for "kron", (1, a_in, n a_out), (b_out, b_in n) for "diffusekrona".
     """
-    r, a_out, a_in, b_out, b_in, layout, order, _ = plan
+    A, B, scale = update
+    if A.dtype is not dtype or B.dtype is not dtype or isinstance(scale, torch.Tensor) or scale != 1:
+        A, B = cast_factors(update, dtype)
+    r, a_out, a_in, b_out, b_in, layout, order, variant, _ = plan
     if order == "b_first":
+        plain = variant == "expanded" and b_out == 1
         if r == 1:
-            return A, B.squeeze(0)
-        return A.permute(1, 2, 0).reshape(1, a_out, a_in * r), B.reshape(r * b_out, b_in)
+            return A.squeeze(0) if plain else A, B.squeeze(0)
+        sizes = (a_out, a_in * r) if plain else (1, a_out, a_in * r)
+        return A.permute(1, 2, 0).reshape(sizes), B.reshape(r * b_out, b_in)
     if layout == "kron":
         mA = A if r == 1 else A.permute(1, 0, 2).reshape(1, a_out * r, a_in)
         return mA, B.permute(0, 2, 1).reshape(r * b_in, b_out)
     return A.permute(2, 0, 1).reshape(1, a_in, r * a_out), B.permute(1, 2, 0).reshape(b_out, b_in * r)
 
 
-def first(x: torch.Tensor, m: Matrices, plan: Plan) -> torch.Tensor:
-    """x (..., in), contiguous -> h: U (T, a_in n, b_out) for b_first, V (T, a_out n, b_in) or (T, b_in n, a_out)."""
-    r, a_out, a_in, b_out, b_in, layout, order, _ = plan
-    X = x.view(-1, a_in, b_in)
-    if order == "b_first":
-        h = F.linear(X, m[1])
-        return h if r == 1 else h.view(-1, a_in * r, b_out)
-    if layout == "kron":
-        return torch.bmm(m[0].expand(X.shape[0], -1, -1), X)
-    return torch.bmm(X.transpose(1, 2), m[0].expand(X.shape[0], -1, -1)).view(-1, b_in * r, a_out)
+def multiply(y: torch.Tensor | None, x: torch.Tensor, m: Matrices, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y (..., out) + the product of x (..., in), contiguous; h), or for y None the product alone, (T, out), and h.
 
-
-def second(y: torch.Tensor | None, h: torch.Tensor, m: Matrices, plan: Plan) -> torch.Tensor:
-    """y (..., out) + the product of h (T, intermediate), as in `first`; for y None the product alone, (T, out).
-
-    y must be contiguous and owned by the caller: it is added to in place, inside the GEMM.
+    h is U (T, a_in n, b_out) for b_first, which "expanded" wants as (T, a_in n b_out), V (T, a_out n, b_in) or
+    (T, b_in n, a_out) for a_first. y must be contiguous and owned by the caller: it is added to in place, inside the
+    GEMM.
     """
-    r, a_out, _, b_out, b_in, layout, order, _ = plan
+    (mA, mB), (r, a_out, a_in, b_out, b_in, layout, order, variant, _) = m, plan
     if order == "b_first":
-        return apply_A(y, m[0], h, plan)
+        if variant == "expanded":
+            h = F.linear(x.view(-1, b_in), mB).view(-1, a_in * r * b_out)
+        else:
+            h = F.linear(x.view(-1, a_in, b_in), mB)
+            h = h if r == 1 else h.view(-1, a_in * r, b_out)
+        return apply_A(y, mA, h, plan), h
+    X = x.view(-1, a_in, b_in)
+    T = X.shape[0]
     if layout == "kron":
-        h = h.view(-1, r * b_in)
-        product = h @ m[1] if y is None else y.view(-1, b_out).addmm_(h, m[1])
+        h = torch.bmm(mA.expand(T, -1, -1), X)
+        rows = h.view(-1, r * b_in)
+        product = rows @ mB if y is None else y.view(-1, b_out).addmm_(rows, mB)
     else:
-        left = m[1].expand(h.shape[0], -1, -1)
+        h = torch.bmm(X.transpose(1, 2), mA.expand(T, -1, -1)).view(-1, b_in * r, a_out)
+        left = mB.expand(T, -1, -1)
         product = torch.bmm(left, h) if y is None else y.view(-1, b_out, a_out).baddbmm_(left, h)
-    return product.view(-1, a_out * b_out) if y is None else y
+    return product.view(-1, a_out * b_out) if y is None else y, h
 
 
 def plain_op(x: torch.Tensor, update: Update, base: Base, plan: Plan) -> torch.Tensor:
     """base + the product (..., out) as ordinary torch ops, for x (..., in), contiguous."""
     if isinstance(base, Frozen):
         base = F.linear(x, *base)
-    m = matrices(*cast_factors(update, x.dtype), plan)
-    y = second(None, first(x, m, plan), m, plan).view(*x.shape[:-1], plan.a_out * plan.b_out)
+    y = multiply(None, x, matrices(update, x.dtype, plan), plan)[0].view(*x.shape[:-1], plan.a_out * plan.b_out)
     return y if base is None else base + y
 
 
-def inplace_op(x: torch.Tensor, update: Update, base: Base, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, Matrices]:
-    """(base + the product (..., out), h, mA and mB in x's dtype), without a graph: GEMMs add to y in place.
+def inplace_op(x: torch.Tensor, update: Update, base: Base, plan: Plan) -> tuple[torch.Tensor, Kept, Matrices]:
+    """(base + the product (..., out), x and h as multiplied, mA and mB), without a graph: GEMMs add to y in place.
 
     x (..., in) is contiguous.
     """
-    m = matrices(*cast_factors(update, x.dtype), plan)
-    h = first(x, m, plan)
-    if base is None:
-        y = second(None, h, m, plan)
-        return y.view(*x.shape[:-1], y.shape[-1]).data, h, m  # no view, for autograd: see frozen_linear
-    y = frozen_linear(x, base) if base.__class__ is Frozen else base.clone(memory_format=torch.contiguous_format)
-    return second(y, h, m, plan), h, m
+    dtype = x.dtype
+    if base.__class__ is Frozen:
+        y = frozen_linear(x, base)
+    else:
+        y = None if base is None else base.clone(memory_format=torch.contiguous_format)
+    if plan[8]:  # in fp32: the product is rounded and added
+        x = x.float()
+        m = matrices(update, x.dtype, plan)
+        product, h = multiply(None, x, m, plan)
+        if y is not None:
+            (y if y.dim() == 2 else y.view(-1, y.shape[-1])).add_(product.to(dtype))
+            return y, (x, h), m
+    else:
+        m = matrices(update, dtype, plan)
+        product, h = multiply(y, x, m, plan)
+        if y is not None:
+            return y, (x, h), m
+    return product.view(*x.shape[:-1], product.shape[1]).to(dtype).data, (x, h), m  # no view: see frozen_linear
 
 
 def frozen_linear(x: torch.Tensor, base: Frozen) -> torch.Tensor:
@@ -109,62 +126,60 @@ def frozen_linear(x: torch.Tensor, base: Frozen) -> torch.Tensor:
 class KronAdd(torch.autograd.Function):
     """base + the product as one autograd node; see node.py for its arguments.
 
-    x (..., in) is contiguous; base, weight and bias are of its dtype, weight and bias frozen. The frozen layer's GEMM
-    and the product share one accumulator: y forward, dX backward. Scaling the factors by `scale`, a number, and
-    casting them to x's dtype is part of the node.
+    x (..., in) is contiguous; base and the frozen layer are of its dtype. The frozen layer's GEMM and the product share
+    one accumulator: y forward, dX backward. Scaling the factors by s, a number, and casting them is part of the node.
     """
 
     @staticmethod
-    def forward(ctx: Any, x, A, B, scale, base, weight, bias, plan: Plan):
-        y, h, (mA, mB) = inplace_op(x, Update(A, B, scale), base if weight is None else Frozen(weight, bias), plan)
+    def forward(ctx: Any, x, A, B, base, settings):
+        scale, frozen, plan = settings
+        y, kept, (mA, mB) = inplace_op(x, Update(A, B, scale), base if frozen is None else frozen, plan)
         # The matrices besides the factors: they are views of them, or copies as small.
-        keep(ctx, x, h, weight, (A, B, None if mA is A else mA, mB))
-        ctx.step = plan, scale
+        keep(ctx, kept, frozen, (A, B, None if mA is A else mA, mB))
+        ctx.settings = scale, plan  # not the frozen layer: its weight is kept if it is needed
         return y
 
     @staticmethod
     def backward(ctx: Any, dy):
-        if not autocasts(dy.device):
-            return flat(ctx, _node_gradients(ctx, dy), dy)
-        with torch.autocast(dy.device.type, enabled=False):
-            return flat(ctx, _node_gradients(ctx, dy), dy)
+        """A gradient in a wider dtype than its factor is cast by autograd."""
+        if any_autocast() and autocasts(dy.device):
+            with torch.autocast(dy.device.type, enabled=False):
+                return _node_gradients(ctx, dy)
+        return _node_gradients(ctx, dy)
 
 
-def _node_gradients(ctx: Any, dy: torch.Tensor) -> Gradients:
-    """(dX (..., in), dA, dB) from dy (..., out); dX with the frozen layer's part where there is one."""
+def _node_gradients(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of `KronAdd`'s arguments from dy (..., out); that of x with the frozen layer's part."""
     x, h, weight, A, B, mA, mB = ctx.saved_tensors
-    (plan, scale), dy = ctx.step, dy.contiguous()
+    (scale, plan), needs = ctx.settings, ctx.needs_input_grad
+    if not dy.is_contiguous():
+        dy = dy.contiguous()
+    g = dy.float() if plan[8] else dy
     m = A if mA is None else mA, mB
     if torch.is_grad_enabled():  # create_graph=True: what was computed without a graph must become part of one
-        m = matrices(*cast_factors(Update(A, B, scale), dy.dtype), plan)
-        h = None if x is None else first(x, m, plan)
-    of_order = _gradients_b_first if plan[6] == "b_first" else _gradients_a_first
-    dX, dA, dB = of_order(dy, (x, h), m, plan, ctx.needs_input_grad)
+        m = matrices(Update(A, B, scale), g.dtype, plan)
+        h = None if x is None else multiply(None, x, m, plan)[1]
+    dX, dA, dB = (_gradients_b_first if plan[6] == "b_first" else _gradients_a_first)(g, (x, h), m, plan, needs)
     if dX is not None:
-        if weight is not None:  # the large GEMM reads dX as it goes: quicker than adding the adapter's part last
-            dX.addmm_(dy if dy.dim() == 2 else dy.view(-1, dy.shape[-1]), weight)
+        if weight is not None:
+            rows = dy if dy.dim() == 2 else dy.view(-1, dy.shape[-1])
+            # The large GEMM reads dX as it goes: quicker than adding the adapter's part last.
+            dX = dX.addmm_(rows, weight) if g is dy else torch.mm(rows, weight).add_(dX.to(dy.dtype))
         if dy.dim() != 2:
             dX = dX.view(*dy.shape[:-1], dX.shape[-1])
-    if dA is not None:
-        if scale != 1:
-            dA = dA * scale
-        if dA.dtype != A.dtype:
-            dA = dA.to(A.dtype)
-    if dB is not None and dB.dtype != B.dtype:
-        dB = dB.to(B.dtype)
-    return dX, dA, dB
+    if dA is not None and scale != 1:
+        dA = dA * scale
+    return dX, dA, dB, dy if needs[3] else None, None
 
 
-# Both: (dX (T, in), dA, dB) from dy (..., out), contiguous, and `kept`: x (..., in) and h as in `first`, which may be
-# None where dX alone is needed. dA and dB have the strides of contiguous factors, as DistributedDataParallel wants it;
+# Both: (dX (T, in), dA, dB) from dy (..., out), contiguous, and `kept`: x (..., in) and h as in `multiply`, which may
+# be None where dX alone is needed. dA and dB have the strides of contiguous factors, as DistributedDataParallel wants it;
 # `contiguous` alone leaves those of sizes of 1.
-Kept: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
 def _gradients_b_first(dy: torch.Tensor, kept: Kept, m: Matrices, plan: Plan, needs: Sequence[bool]) -> Gradients:
     """dy (..., out)."""
-    (x, U), (need_x, need_A, need_B) = kept, needs[:3]
-    r, a_out, a_in, b_out, b_in, _, _, _ = plan
+    (x, U), (need_x, need_A, need_B, *_), (r, a_out, a_in, b_out, b_in, *_) = kept, needs, plan
     dU, dA = backward_A(dy, m[0], U, plan, (need_x or need_B, need_A))
     dX = dB = None
     if dA is not None and r > 1:
@@ -181,7 +196,7 @@ def _gradients_b_first(dy: torch.Tensor, kept: Kept, m: Matrices, plan: Plan, ne
 def _gradients_a_first(dy: torch.Tensor, kept: Kept, m: Matrices, plan: Plan, needs: Sequence[bool]) -> Gradients:
     """dy (..., out)."""
     (x, V), (mA, mB), (need_x, need_A, need_B) = kept, m, needs[:3]
-    r, a_out, a_in, b_out, b_in, layout, _, _ = plan
+    r, a_out, a_in, b_out, b_in, layout, *_ = plan
     T = dy.numel() // (a_out * b_out)
     X = x.view(T, a_in, b_in) if need_A else None
     dX = dA = dB = None

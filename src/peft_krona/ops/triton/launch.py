@@ -63,7 +63,7 @@ def sizes(plan: Plan, itemsize: int) -> Sizes:
 
     Tiles are no larger than the matrices, halved at their largest side until both estimates are within the limits.
     """
-    r, a_out, a_in, b_out, b_in, layout, order, _ = plan
+    r, a_out, a_in, b_out, b_in, layout, order, *_ = plan
     b_first, kron = order == "b_first", layout == "kron"
     P, Q, W = (a_out, a_in * r, b_out) if b_first else (a_out * r, a_in, b_in)
     S, D, C = (a_in, b_in, r * b_out) if b_first else (a_out, r * b_in, b_out)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..._compat import dispatch_modes, unwrap_if_dead
 from ..dtypes import no_autocast, scale_A, with_number
-from ..node import Gradients, base_of, flat, keep, run
+from ..node import Gradients, keep, run
 from ..operands import Base, Frozen, Update
 from ..plan import Plan
 from ..torch_impl import frozen_linear
@@ -44,9 +44,10 @@ class FusedAdd(torch.autograd.Function):
     """`fused_add` in eager mode; see node.py for its arguments."""
 
     @staticmethod
-    def forward(ctx: Any, x, A, B, scale, base, weight, bias, plan: Plan):
-        y, h = _forward(x, Update(A, B, scale), base_of(base, weight, bias), plan)
-        keep(ctx, x, h, weight, (A, B))
+    def forward(ctx: Any, x, A, B, base, settings):
+        scale, frozen, plan = settings
+        y, h = _forward(x, Update(A, B, scale), base if frozen is None else frozen, plan)
+        keep(ctx, (x, h), frozen, (A, B))
         ctx.plan, ctx.scale = plan, scale
         return y
 
@@ -54,8 +55,9 @@ class FusedAdd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy):
         x, h, weight, A, B = ctx.saved_tensors
-        gradients = _backward(dy, (x, h, weight), Update(A, B, ctx.scale), ctx.plan, ctx.needs_input_grad[:3])
-        return flat(ctx, gradients, dy)
+        needs = ctx.needs_input_grad
+        gradients = _backward(dy, (x, h, weight), Update(A, B, ctx.scale), ctx.plan, needs[:3])
+        return *gradients, dy if needs[3] else None, None
 
 
 def _forward(x: torch.Tensor, update: Update, base: Base, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +106,8 @@ def _backward(dy: torch.Tensor, kept: tuple, update: Update, plan: Plan, needs: 
 )
 def fused(x, A, B, base, weight, bias, layout, order):
     """(`fused_add` (..., out) with s = 1, h (T, intermediate)); shapes as in `FusedAdd`."""
-    return _forward(x, Update(A, B), base_of(base, weight, bias), Plan.of(A, B, layout, order))
+    base = base if weight is None else Frozen(weight, bias)
+    return _forward(x, Update(A, B), base, Plan.of(A, B, layout, order))
 
 
 @fused.register_fake
