@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m peft_krona, command by command, on a tiny pipeline."""
 
+import copy
+import json
 import re
 import runpy
 import shutil
@@ -22,6 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from peft_krona.__main__ import main
 from peft_krona.convert import AdapterFile, LayerUpdate, export, read_adapter
+from peft_krona.convert.merge_pipeline import merge_into_models
+from peft_krona.errors import MergeError
 from peft_krona.pipelines import load_krona_weights
 
 
@@ -163,6 +167,31 @@ def test_merge_refuses_to_write_infinite_weights(pipe, tmp_path, capsys, argumen
     assert re.match(r"error: (unet|text_encoder)\.\S+\.(to_|._proj)\S*weight: the merged weight", last)  # the layer
     assert f"is NaN or infinite in torch.{dtype}; expected finite numbers. Nothing was written. Use a smaller" in last
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_merge_refuses_a_quantized_model(pipe, tmp_path, capsys):
+    """Told by the config before anything is loaded, and by the weights of a model that is loaded already."""
+    adapter, source = adapter_folder(pipe, tmp_path)
+    folder = shutil.copytree(pipe.folder, tmp_path / "quantized")
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    assert main(["merge", str(folder), source, str(tmp_path / "merged")]) == 1
+    said = (
+        r"is quantized \(.*\), and an update cannot be added to packed weights: expected a model in .*\. Merge into the"
+    )
+    text = capsys.readouterr().err
+    assert re.match(rf"error: {re.escape(str(folder / 'unet'))} {said}", text) and len(text.splitlines()) == 1
+    assert not (tmp_path / "merged").exists()
+
+    unet, encoder = copy.deepcopy(pipe.unet), copy.deepcopy(pipe.text_encoder)
+    packed = unet.get_submodule(next(layer.module for layer in adapter if layer.component == "unet"))
+    packed.weight = torch.nn.Parameter(torch.ones(packed.weight.shape, dtype=torch.int8), requires_grad=False)
+    models = {**pipe.components, "unet": unet, "text_encoder": encoder}
+    with pytest.raises(MergeError, match=rf"^unet {said}"):
+        merge_into_models(models, adapter)
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), pipe.text_encoder.parameters(), strict=True))
+    assert (packed.weight == 1).all()
 
 
 def key_layer(width):

@@ -25,7 +25,19 @@ import dreambooth_pipelines as tiny
 from PIL import Image
 from safetensors.torch import save_file
 
-from examples.dreambooth import TrainingError, adapters, card, checkpoint, data, demo, exports, files, objective, optim
+from examples.dreambooth import (
+    TrainingError,
+    adapters,
+    arguments,
+    card,
+    checkpoint,
+    data,
+    demo,
+    exports,
+    files,
+    objective,
+    optim,
+)
 from examples.dreambooth.arguments import adapter_config, build_parser, parse_args, public_settings
 from examples.dreambooth.families import known
 from examples.dreambooth.families.stable_diffusion import StableDiffusion, StableDiffusionXL
@@ -93,6 +105,52 @@ def test_accelerate_configs_load(name):
 
     config = load_config_from_file(str(EXAMPLES / "configs" / f"{name}.yaml"))
     assert config.num_processes == 2 and config.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--export", "lokr"], None),
+        (["--export", "lokr", "--rank", "2"], "it holds one term a layer, and --rank is 2; take --export auto"),
+        (["--export", "loha", "--rank", "2"], "it holds one term a layer, and --rank is 2; take --export auto"),
+        (["--export", "lora", "--rank", "2"], None),
+        (["--export", "lokr", "--layout", "diffusekrona"], "--layout diffusekrona is no plain Kronecker product; take"),
+        (["--export", "loha", "--layout", "diffusekrona"], None),
+        (["--export", "lokr", "--adapter_type", "lora"], "it holds one term a layer, and --rank is 4; take --export a"),
+        (["--export", "lokr", "--adapter_type", "lora", "--rank", "1"], None),
+        (["--export", "loha", "--adapter_type", "lokr"], None),
+        (["--adapter_type", "lora", "--use_dora"], "DoRA rescales the base weights, .*; take --export none"),
+        (["--adapter_type", "lora", "--use_dora", "--export", "none"], None),
+    ],
+)
+def test_an_export_that_will_not_be_written_is_said_at_once(more, said, capsys):
+    """And the other ones are: what the converters do with these adapters is in test_unfit_exports."""
+    parse_args([*BASIC, *more])
+    printed = capsys.readouterr().out
+    assert ("will write no file" in printed) == (said is not None)
+    assert said is None or re.search(rf"^warning: --export \w+ will write no file: {said}", printed), printed
+
+
+@pytest.mark.parametrize("adapter", ["krona", "krona diffusekrona", "krona 2", "lora 1", "lora 2", "lokr"])
+def test_unfit_exports(adapter, tmp_path):
+    """The rule of `unfit_export` is what happens."""
+    flags = {
+        "krona": [], "krona diffusekrona": ["--layout", "diffusekrona"], "krona 2": ["--rank", "2"],
+        "lora 1": ["--adapter_type", "lora", "--rank", "1"], "lora 2": ["--adapter_type", "lora", "--rank", "2"],
+        "lokr": ["--adapter_type", "lokr", "--rank", "2", "--alpha", "2"],
+    }[adapter]  # fmt: skip
+    tiny_sd, targets = tiny.build(tmp_path / "sd"), ["to_q"]
+    args = parse_args([*BASIC, *flags, "--krona_a_out", "4", "--krona_a_in", "2"])
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+    trained = adapters.add(pipe, adapter_config(args, "unet", targets))
+    for parameter in (p for p in trained["unet"].parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter)
+    adapters.save(pipe, trained, tmp_path / "dog", str(tiny_sd), {})
+    for kind in ("auto", "lokr", "loha", "lora"):
+        args.export = kind
+        files = exports.export_for_other_tools(tmp_path / "dog", kind, str(tiny_sd), str)
+        assert bool(files) == (arguments.unfit_export(args) is None), kind
+        exports.remove_exports(tmp_path / "dog")
 
 
 def test_flags_from_a_file(tmp_path):

@@ -341,6 +341,8 @@ def parse_args(argv: Sequence[str] | None, demo_settings: Any = None) -> argpars
         for note in without_effect(args, parser):
             print(f"warning: {note}")
     complete(args)
+    if int(os.environ.get("LOCAL_RANK", 0)) <= 0 and (why := unfit_export(args)):
+        print(f"warning: --export {args.export} will write no file: {why}.")
     return args
 
 
@@ -501,6 +503,19 @@ def without_effect_on(args: argparse.Namespace, family: Family) -> list[str]:
         (("max_sequence_length",), not family.sequence, f"{family.title} reads prompts of one length"),
     )
     return idle_flags(args, parser, cases)
+
+
+def unfit_export(args: argparse.Namespace) -> str | None:
+    """Why the format that was asked for cannot hold what is trained, and which can; None if it can."""
+    if args.use_dora and args.export != "none":
+        return "DoRA rescales the base weights, which no other file than PEFT's has; take --export none"
+    if args.export not in ("lokr", "loha") or args.adapter_type == "lokr":
+        return None
+    if args.rank is not None and args.rank > 1:
+        return f"it holds one term a layer, and --rank is {args.rank}; take --export auto"
+    if args.export == "lokr" and args.layout == "diffusekrona" and args.adapter_type == "krona":
+        return "--layout diffusekrona is no plain Kronecker product; take --export auto"
+    return None
 
 
 def complete(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -24,8 +25,14 @@ def merge_into_models(models: dict[str, nn.Module], adapter: AdapterFile) -> Non
 
     Raises:
         FormatError: names the layer that a model lacks, or whose size differs; no weight is changed then.
+        MergeError: names the model that is quantized; no weight is changed then.
     """
     models = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
+    for name in adapter.components:
+        weights = models[name].parameters() if name in models else ()
+        packed = next((weight.dtype for weight in weights if not weight.is_floating_point()), None)
+        if packed is not None:
+            raise MergeError(_quantized(name, f"weights in {packed}"))
     for layer in adapter.fitted(shapes_of_models(models)):
         model = models[layer.component]
         known = {name for name, _ in model.named_modules()}
@@ -50,13 +57,17 @@ def merge_pipeline(
 
     Raises:
         FormatError: if `folder` is no pipeline, the adapter does not fit it, or `out` exists. Nothing is left then.
-        MergeError: names the weight that would be NaN or infinite. Nothing is left then.
+        MergeError: names the weight that would be NaN or infinite, or a quantized model. Nothing is left then.
     """
     from diffusers import DiffusionPipeline
 
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise FormatError(f"{folder}: expected the folder of a diffusers pipeline, with model_index.json.")
+    for name in adapter.components:
+        method = _quantization_of(folder / name)
+        if method is not None:
+            raise MergeError(_quantized(f"{folder / name}", method))
     with new_folder(out) as new:
         variant = variant_of(folder)
         pipe = DiffusionPipeline.from_pretrained(
@@ -66,6 +77,21 @@ def merge_pipeline(
         _check_finite(pipe.components)
         pipe.save_pretrained(new)
     return Path(out)
+
+
+def _quantization_of(component: Path) -> str | None:
+    """How the model in a folder is quantized, None if it is not."""
+    config = component / "config.json"
+    found = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") if config.is_file() else None
+    return None if found is None else str(found.get("quant_method", "quantized"))
+
+
+def _quantized(name: str, how: str) -> str:
+    return (
+        f"{name} is quantized ({how}), and an update cannot be added to packed weights: expected a model in float16, "
+        "bfloat16 or float32. Merge into the model as it was before and quantize the result, or load the adapter "
+        "beside the quantized one (load_krona_weights)."
+    )
 
 
 def _check_finite(components: dict[str, nn.Module]) -> None:
