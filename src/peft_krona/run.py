@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import importlib.util
 import os
 import runpy
 import sys
@@ -44,11 +45,22 @@ def main(arguments: Sequence[str]) -> int:
     importlib.import_module("peft_krona")  # what all this is for
     if is_module:
         with _as_started(["-m", *rest], os.getcwd()):
+            if not _is_module(name):
+                return _refuse(f"cannot run -m {name}: there is no such module")
             runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
         with _as_started([first, *rest], os.path.dirname(os.path.realpath(first))):
             _run_script(first)
     return 0
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError as error:
+        if error.name and f"{name}.".startswith(f"{error.name}."):
+            return False
+        raise  # a package on the way to it imports what is missing
 
 
 def _refuse(reason: str) -> int:
