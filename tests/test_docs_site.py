@@ -112,7 +112,7 @@ def test_training_commands_parse(monkeypatch):
     from examples.dreambooth.arguments import parse_args
 
     found = [c for page in PAGES for c in commands(page) if c[:2] == ["accelerate", "launch"]]
-    assert len(found) == 7
+    assert len(found) == 8
     for command in found:
         start = command.index("examples/dreambooth_kron.py") + 1
         assert parse_args(command[start:]).instance_data_dir == "my-dog"
