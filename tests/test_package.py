@@ -17,7 +17,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # A module imports only what stands above its own line; those of one line do not know each other.
 LAYERS = [
-    {"errors", "choices", "_compat"},
+    {"errors", "choices", "_compat", "_version"},
+    {"plan", "run"},  # arguments; what they do is imported when they run
+    {"_command_line"},
     {"factors", "_register", "setting_names"},
     {"ops", "config", "targets", "rollback"},
     {"layers", "convert"},  # convert reads and writes files without the model half
@@ -29,7 +31,7 @@ LAYERS = [
     {"sources", "inspection"},
     {"pipelines", "skeleton"},
     {"suggest"},
-    {"plan", "run"},
+    {"commands"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -81,7 +83,7 @@ def test_imports_run_one_way(path):
         target = ([*name.split("."), "peft_krona"])[1] if name != "peft_krona" else "peft_krona"
         if target == own and own in ("ops", "layers", "convert"):
             continue
-        late = nested and own in ("__main__", "_diffusers")  # when they are called
+        late = nested and own in ("__main__", "_diffusers", "plan")  # when they are called
         assert RANK[target] < RANK[own] or late, f"{path.name}:{line} imports {name}"
 
 
@@ -121,7 +123,7 @@ class Without:
         return getattr(self.finder, name)
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 import tempfile, torch, peft_krona
-import peft_krona.pipelines, peft_krona.convert, peft_krona.__main__
+import peft_krona.pipelines, peft_krona.convert, peft_krona.commands, peft_krona.__main__
 from peft import PeftModel, get_peft_model
 def base():
     torch.manual_seed(0)
@@ -176,7 +178,10 @@ def test_version():
     pyproject = SOURCE.parents[1] / "pyproject.toml"
     if not pyproject.exists():
         pytest.skip("not run from a checkout")
-    assert re.search(r'^version = "(.+)"$', pyproject.read_text(), re.M)[1] == peft_krona.__version__
+    assert 'attr = "peft_krona._version.__version__"' in pyproject.read_text()
+    citation = (SOURCE.parents[1] / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.+)$", citation, re.M)[1] == peft_krona.__version__
+    assert f"## {peft_krona.__version__}" in (SOURCE.parents[1] / "CHANGELOG.md").read_text()
 
 
 def test_every_error_is_also_the_builtin_that_one_would_expect():

@@ -13,11 +13,16 @@ KronA adapts 1 of 1 Linear layers, 99.2% of the weights
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import _register
+from . import _command_line
+
+_command_line.begin()  # where the command line asks for help, it ends here, before torch is imported
+
+from . import _register  # noqa: E402
 
 _register.add_enum_member()
 
 from . import _diffusers, hotswap  # noqa: E402  (needs PeftType.KRONA)
+from ._version import __version__  # noqa: E402, F401
 from .config import KronAConfig  # noqa: E402  (needs PeftType.KRONA)
 from .layers import KronALayer  # noqa: E402
 from .merge import merged  # noqa: E402
@@ -37,7 +42,6 @@ if TYPE_CHECKING:
     from .pipelines import add_krona, load_krona_weights, save_krona_weights
     from .suggest import suggest_factors
 
-__version__ = "0.1.0"
 __all__ = [
     "KronAConfig",
     "KronALayer",

@@ -18,7 +18,7 @@ from .convert import AdapterFile, LayerUpdate
 from .convert.names import is_embedding, to_file_name
 from .convert.safetensors_io import read_header, read_weights
 from .convert.shapes import shapes_of_folder
-from .convert.weight_files import variant_of, weight_files
+from .convert.weight_files import parts_of, variant_of, weight_files
 from .errors import FormatError
 from .share import Share
 
@@ -56,7 +56,7 @@ def inspect_adapter(adapter: AdapterFile, base: str | os.PathLike | None = None)
     """Statistics of every layer, in the adapter's order.
 
     Args:
-        base: the folder of the base pipeline, for ||W||.
+        base: the folder of the base pipeline, or of the one model that is adapted, for ||W||.
 
     Raises:
         FormatError: if a layer is not in the base model's safetensors files, or one of them is damaged.
@@ -109,8 +109,9 @@ def _base_norms(folder: Path, adapter: AdapterFile) -> dict[str, float]:
     wanted = {layer.name for layer in adapter}
     norms = {}
     variant = variant_of(folder) if folder.is_dir() else None
+    parts = parts_of(folder)
     for component in adapter.components:
-        for path in weight_files(folder / component, variant):
+        for path in weight_files(parts.get(component, folder / component), variant):
             weights = [key for key in read_header(path) if key.endswith(".weight")]
             names = {key: f"{component}.{to_file_name(component, key.removesuffix('.weight'))}" for key in weights}
             for key, weight in read_weights(path, {key for key in weights if names[key] in wanted}):
@@ -130,7 +131,7 @@ def shares(adapter: AdapterFile, base: str | os.PathLike) -> dict[str, Share]:
     Raises:
         FormatError: if the base model has no safetensors files, or one of them is damaged.
     """
-    shapes = shapes_of_folder(base)
+    shapes, parts = shapes_of_folder(base), parts_of(base)
     found = {}
     for component in adapter.components:
         names = {layer.name.removeprefix(f"{component}.") for layer in adapter if layer.component == component}
@@ -144,7 +145,7 @@ def shares(adapter: AdapterFile, base: str | os.PathLike) -> dict[str, Share]:
             weights=sum(prod(modules[name]) for name in names & modules.keys()),
             all_weights=sum(
                 prod(shape)
-                for path in Path(base, component).glob("*.safetensors")
+                for path in parts.get(component, Path(base, component)).glob("*.safetensors")
                 for _, shape in read_header(path).values()
             ),
         )
@@ -152,7 +153,7 @@ def shares(adapter: AdapterFile, base: str | os.PathLike) -> dict[str, Share]:
 
 
 LEGEND = (
-    "||dW||: Frobenius norm of the update, scale included; /||W||: of the base weight's, with --base.",
+    "||dW||: Frobenius norm of the update, scale included; /||W||: of the base weight's, where that is given.",
     "eff. rank: how many directions share it, exp of the entropy of its normalised singular values (-: too costly).",
 )
 
@@ -255,7 +256,7 @@ def check_picture_name(path: str | os.PathLike) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
-        raise FormatError("A picture needs matplotlib: pip install matplotlib.") from error
+        raise FormatError("A picture needs matplotlib: pip install 'peft-krona[plot]'.") from error
     ending = Path(path).suffix.lower().removeprefix(".")
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if ending not in known:
@@ -274,6 +275,7 @@ def plot(stats: Sequence[LayerStats], path: str | os.PathLike, title: str = "") 
         FormatError: if matplotlib is not installed, or does not know the ending.
     """
     check_picture_name(path)
+    path = Path(path)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -291,7 +293,13 @@ def plot(stats: Sequence[LayerStats], path: str | os.PathLike, title: str = "") 
     overview, spectra = bottom.subplots(1, 2, width_ratios=[1.15, 1])
     _draw_overview(bottom, overview, stats, rows, relative)
     _draw_spectra(spectra, ranked)
-    figure.savefig(path, dpi=110)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, dpi=110, format=path.suffix.lower().removeprefix("."))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _size(entry: LayerStats, relative: bool) -> float:

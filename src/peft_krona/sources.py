@@ -48,6 +48,11 @@ def has_krona_keys(state_dict: Any) -> bool:
     return isinstance(state_dict, Mapping) and any(isinstance(key, str) and _MARK in f".{key}" for key in state_dict)
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether it is written as the id of a repository on the Hub is: user/name."""
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
+
+
 # -- finding it --------------------------------------------------------------------------------------------------------
 
 
@@ -68,7 +73,7 @@ def find(source: str, weight_name: str | None = None, subfolder: str | None = No
         if not found.exists():
             raise FormatError(f"{path} holds no {inside}.")
         return found
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if not is_hub_id(source):
         raise FormatError(f"{source} does not exist, and is no id of a repository on the Hugging Face Hub (user/name).")
     if weight_name:
         found = _snapshot(source, [inside], **hub) / inside
@@ -93,7 +98,7 @@ def find_configs(source: str, **hub: Any) -> Path:
     Raises:
         FormatError: if `source` is no id of a repository, or the Hub can't be reached and the cache has nothing.
     """
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if not is_hub_id(source):
         raise FormatError(f"{source} does not exist, and is no id of a repository on the Hugging Face Hub (user/name).")
     return _snapshot(source, ["model_index.json", "config.json", "*/config.json"], **hub)
 

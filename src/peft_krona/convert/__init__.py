@@ -12,9 +12,9 @@ files. What is known of one format is one record in `convert.formats`.
 ((40, 320), 'diffusekrona')
 """
 
-from .base_model import base_of_folder, check_base, guess_base
+from .base_model import base_of_folder, check_base, describe_base, guess_base, guess_base_and_why
 from .export import TO as FORMATS
-from .export import Report, choose_format, export, to_diff, to_loha, to_lokr, to_lora, tolerance
+from .export import Report, choose_format, export, planned_files, to_diff, to_loha, to_lokr, to_lora, tolerance
 from .formats.krona import to_peft
 from .formats.lora import to_lora_peft
 from .nearest import from_difference, nearest_kronecker
@@ -35,6 +35,7 @@ __all__ = [
     "base_of_folder",
     "check_base",
     "choose_format",
+    "describe_base",
     "export",
     "from_difference",
     "from_diffusekrona",
@@ -43,7 +44,9 @@ __all__ = [
     "from_peft",
     "from_tensors",
     "guess_base",
+    "guess_base_and_why",
     "nearest_kronecker",
+    "planned_files",
     "read_adapter",
     "shapes_of_folder",
     "shapes_of_models",

@@ -134,25 +134,19 @@ def export(
             for "peft"), or a rebuilt layer is off by more than the dtype's rounding explains. Nothing is left behind
             then.
     """
-    if to not in TO:
-        raise FormatError(f"to={to!r} is unknown; expected one of {', '.join(TO)}.")
-    reason = ""
-    if to == "auto":
-        to, split_auto, reason = choose_format(adapter)
-        split_terms = split_terms or split_auto
-    if to == "peft":
-        return _export_peft(adapter, output_path(out), dtype)
+    chosen, split, reason = _chosen(adapter, to, split_terms)
+    files = planned_files(adapter, out, to, split_terms)
+    if chosen == "peft":
+        return _export_peft(adapter, files[0], dtype)
     dtype = dtype or torch.float16
-    out = _output_file(out)
-    if not split_terms:
-        return _export_file(adapter, out, to, reason, base_model, dtype)
-    reports = []
+    if not split:
+        return _export_file(adapter, files[0], chosen, reason, base_model, dtype)
+    reports: list[Report] = []
     terms = max(layer.r for layer in adapter)
-    for n in range(terms):
+    for n, path in enumerate(files):
         part = replace(adapter, layers=tuple(layer.terms()[n] for layer in adapter if layer.r > n))
-        path = out if terms == 1 else out.with_name(f"{out.stem}_term{n + 1}of{terms}.safetensors")
         try:
-            reports.append(_export_file(part, path, to, reason, base_model, dtype))
+            reports.append(_export_file(part, path, chosen, reason, base_model, dtype))
         except FormatError:
             for report in reports:
                 report.files[0].unlink()
@@ -164,6 +158,34 @@ def export(
         size=sum(report.size for report in reports),
         notes=(*worst.notes, *(["load all of these files together, at one strength"] if terms > 1 else [])),
     )
+
+
+def planned_files(
+    adapter: AdapterFile, out: str | os.PathLike, to: str = "auto", split_terms: bool = False
+) -> tuple[Path, ...]:
+    """What `export` would write with these arguments: files, or for "peft" one folder.
+
+    Raises:
+        FormatError: if the format is unknown, or `out` is no name of a file (of a folder for "peft").
+    """
+    chosen, split, _ = _chosen(adapter, to, split_terms)
+    if chosen == "peft":
+        return (output_path(out),)
+    path = _output_file(out)
+    terms = max(layer.r for layer in adapter)
+    if not split or terms == 1:
+        return (path,)
+    return tuple(path.with_name(f"{path.stem}_term{n + 1}of{terms}.safetensors") for n in range(terms))
+
+
+def _chosen(adapter: AdapterFile, to: str, split_terms: bool) -> tuple[str, bool, str]:
+    """(format, split into terms, why "auto" took it)"""
+    if to not in TO:
+        raise FormatError(f"to={to!r} is unknown; expected one of {', '.join(TO)}.")
+    if to != "auto":
+        return to, split_terms, ""
+    chosen, split, reason = choose_format(adapter)
+    return chosen, split_terms or split, reason
 
 
 def to_file(

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import nn
 
 from ..errors import FormatError
 from .names import is_embedding, to_file_name
 from .safetensors_io import read_header
-from .weight_files import variant_of, weight_files
+from .weight_files import parts_of, variant_of, weight_files
 
 
 def shapes_of_models(models: Mapping[str, nn.Module]) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -45,21 +44,20 @@ def _shape_of(module: nn.Module) -> tuple[int, ...] | None:
 
 
 def shapes_of_folder(folder: str | os.PathLike) -> dict[str, dict[str, tuple[int, ...]]]:
-    """{component: {module: weight shape}} of a pipeline's folder, from the headers of its safetensors files.
+    """{component: {module: weight shape}} of a pipeline's folder, or one model's, from its safetensors files' headers.
 
     Raises:
         FormatError: if there are no safetensors weights in it.
     """
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     variant = variant_of(folder)
-    files = (path for part in sorted(Path(folder).iterdir()) if part.is_dir() for path in weight_files(part, variant))
-    for path in files:
-        component = path.parent.name
+    files = ((name, path) for name, part in parts_of(folder).items() for path in weight_files(part, variant))
+    for component, path in files:
         for key, (_, shape) in read_header(path).items():
             if key.endswith(".weight") and len(shape) > 1:
                 module = to_file_name(component, key.removesuffix(".weight"))
                 # An embedding's table is stored transposed: (num_embeddings, embedding_dim).
                 shapes.setdefault(component, {})[module] = shape[::-1] if is_embedding(module) else shape
     if not shapes:
-        raise FormatError(f"{folder}: there are no safetensors weights in its subfolders.")
+        raise FormatError(f"{folder}: there are no safetensors weights in it.")
     return shapes

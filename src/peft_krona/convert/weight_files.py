@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -31,6 +32,41 @@ def variant_of(folder: str | os.PathLike) -> str | None:
             "one of them, or save the pipeline once more without a variant."
         )
     return next(iter(variants))[0] if variants else None
+
+
+def parts_of(folder: str | os.PathLike) -> dict[str, Path]:
+    """{component: its folder} of a pipeline's folder, or of the folder of one of its models; empty if there is none.
+
+    Of a single model the folder's name tells which part it is ("unet"), else its config's class, else it is "model".
+
+    Raises:
+        FormatError: if a single model's config cannot be read.
+    """
+    folder = Path(folder)
+    config_file = folder / "config.json"
+    if not folder.is_dir():
+        return {}
+    if (folder / "model_index.json").is_file() or not config_file.is_file():
+        return {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
+    name = folder.resolve().name
+    if _PART.match(name):
+        return {name: folder}
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise FormatError(f"{config_file}: not valid JSON: {error}.") from error
+    named = config if isinstance(config, dict) else {}
+    cls = str(named.get("_class_name") or next(iter(named.get("architectures") or []), ""))
+    return {next((part for end, part in _CLASSES.items() if end in cls), "model"): folder}
+
+
+_PART = re.compile(r"^(unet|transformer|prior|text_encoder|vae)(_\d+)?$")
+_CLASSES = {
+    "UNet": "unet",
+    "CLIPTextModelWithProjection": "text_encoder_2",
+    "CLIPTextModel": "text_encoder",
+    "Transformer": "transformer",
+}
 
 
 def weight_files(component: str | os.PathLike, variant: str | None = None) -> list[Path]:

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands of `python -m peft_krona` do: `RUN`, by name. Their arguments are in `_command_line`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from . import plan
+from ._command_line import in_flags
+from .convert import (
+    BASES,
+    FORMATS,
+    AdapterFile,
+    UNetNames,
+    base_of_folder,
+    check_base,
+    describe_base,
+    export,
+    from_difference,
+    guess_base_and_why,
+    planned_files,
+    read_adapter,
+    shapes_of_folder,
+)
+from .convert.checkpoints import read_component
+from .convert.merge_pipeline import merge_pipeline
+from .errors import FormatError
+from .inspection import check_picture_name, inspect_adapter, plot, shares, table
+from .sources import find, find_configs, is_hub_id
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+ADAPTER_CONFIG, PIPELINE_INDEX = "adapter_config.json", "model_index.json"
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Any adapter to a file for another tool, or to a PEFT folder."""
+    if options.to not in FORMATS:
+        raise FormatError(f"--to {options.to}: expected one of {', '.join(FORMATS)}.")
+    source = _found(options.input)
+    base = _base(options.base, source, needed=options.to != "peft")
+    adapter = read_adapter(source, base.names, base.shapes)
+    if base.shapes is not None:
+        adapter = adapter.fitted(base.shapes)
+    elif base.kind is not None:
+        check_base(adapter, base.kind)
+    adapter = adapter.scaled(options.scale)
+    if options.trigger:
+        adapter = replace(adapter, metadata={**adapter.metadata, "trigger_words": options.trigger})
+    names = base.names
+    if names is None and options.to != "peft" and _names_need_base(adapter):
+        kind, why = guess_base_and_why(adapter)
+        names = BASES[kind]
+        print(f"base: {kind}, guessed from {why}; --base says it if that is wrong")
+    elif base.said:
+        print(f"base: {base.said}")
+    print(f"read {len(adapter)} layers ({adapter.source}) from {options.input}")
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    files = planned_files(adapter, options.output, options.to, options.split_terms)
+    if options.to == "peft":
+        with _folder(options.output, options, _is_adapter, source) as out:
+            report = export(adapter, out, "peft", dtype=dtype)
+        moved = tuple(Path(options.output, file.relative_to(out)) for file in report.files)
+        report = replace(report, files=moved)
+    else:
+        for file in files:
+            _check_new_file(file, options.force, source)
+        report = export(
+            adapter, options.output, options.to, base_model=names, dtype=dtype, split_terms=options.split_terms
+        )
+    print(in_flags(str(report)))
+
+
+def _names_need_base(adapter: AdapterFile) -> bool:
+    """Names in files for UNet pipelines depend on the base model; those for transformers do not."""
+    return all(component == "unet" or component.startswith("text_encoder") for component in adapter.components)
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """What an adapter changes, layer by layer."""
+    if options.plot:
+        check_picture_name(options.plot)
+        _check_new_file(Path(options.plot), options.force)
+    source = _found(options.input)
+    adapter = read_adapter(source)
+    base = options.base
+    if base is None and (named := _named_base(source)) is not None:
+        base = _on_disk(named)
+        if base is None:
+            print(f"base: {named}, as the adapter says, is not on disk; --base FOLDER adds ||dW|| / ||W||")
+    try:
+        stats = inspect_adapter(adapter, base)
+        found = shares(adapter, base) if base is not None else {}
+        if base is not None and options.base is None:
+            print(f"base: {base}, as the adapter says (base_model_name_or_path)")
+    except FormatError as error:
+        if options.base is not None:
+            raise
+        print(f"base: {base}, as the adapter says, is not taken: {in_flags(str(error))}")  # nobody asked for it
+        stats, found = inspect_adapter(adapter), {}
+    print(table(stats))
+    for component, share in found.items():
+        print(f"{component}: KronA adapts {share}")
+    if options.plot:
+        plot(stats, options.plot, Path(options.input).name)
+        print(f"wrote {options.plot}")
+
+
+def merge(options: argparse.Namespace) -> None:
+    """A pipeline with an adapter merged into its weights."""
+    adapter = read_adapter(_found(options.adapter)).scaled(options.scale)
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    with _folder(options.output, options, _is_pipeline, options.pipeline, options.adapter) as out:
+        merge_pipeline(options.pipeline, adapter, out, dtype)
+    print(f"merged {len(adapter)} layers into {options.pipeline}, wrote {options.output}")
+
+
+def extract(options: argparse.Namespace) -> None:
+    """The nearest adapter to the difference of two models."""
+    with _folder(options.output, options, _is_adapter, options.before, options.after) as out:
+        adapter, errors = from_difference(
+            *_comparable(
+                read_component(options.before, options.component), read_component(options.after, options.component)
+            ),
+            options.a_out,
+            options.a_in,
+            r=options.r,
+            layout=options.layout,
+            component=options.component,
+        )
+        report = export(adapter, out, "peft")
+    for name, error in errors.items():
+        print(f"{error:8.2%} of dW is lost in {name}")
+    print(replace(report, files=tuple(Path(options.output, file.relative_to(out)) for file in report.files)))
+
+
+def _comparable(
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights that both models have, in the same shape and dtype; what is left out is printed."""
+    shapes = {key: (before[key].shape, after[key].shape) for key in before if key in after}
+    for key in sorted(before.keys() ^ after.keys()):
+        if key.endswith(".weight"):
+            print(f"left out {key}: only one of the two models has it")
+    for key, (one, other) in shapes.items():
+        if one != other:
+            print(f"left out {key}: its shape is {tuple(one)} and {tuple(other)}")
+    common = [key for key, (one, other) in shapes.items() if one == other]
+    coarser = [key for key in common if before[key].dtype != after[key].dtype]
+    if coarser:
+        print(
+            f"{len(coarser)} weights have two dtypes: the finer are rounded to the coarser, so that this is no change"
+        )
+    for key in coarser:
+        dtype = min(before[key].dtype, after[key].dtype, key=lambda dtype: (dtype.itemsize, -torch.finfo(dtype).eps))
+        before[key], after[key] = before[key].to(dtype), after[key].to(dtype)
+    return {key: before[key] for key in common}, {key: after[key] for key in common}
+
+
+RUN: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "convert": convert,
+    "inspect": inspect,
+    "merge": merge,
+    "extract": extract,
+    plan.NAME: plan.run,
+}
+
+# -- the adapter and its base model ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Base:
+    """`kind`: a key of `BASES`, if that is all that is known. `said`: what it is and who says so."""
+
+    names: UNetNames | None = None
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None
+    kind: str | None = None
+    said: str = ""
+
+
+def _found(source: str) -> Path:
+    """The adapter on disk; one on the Hub is downloaded, or taken from its cache."""
+    return Path(source) if Path(source).exists() or not is_hub_id(source) else find(source)
+
+
+def _base(given: str | None, source: Path, needed: bool) -> _Base:
+    """What is known of the base model before the adapter is read: `--base`, or else what the adapter names.
+
+    Args:
+        needed: whether it is worth asking the Hub for the configs of a model that the adapter names.
+    """
+    if given is not None:
+        if given in BASES:
+            return _Base(BASES[given], kind=given)
+        if Path(given).is_dir():
+            return _of_folder(given, given)
+        if is_hub_id(given):
+            return _of_configs(given, given)
+        raise FormatError(f"--base {given}: expected one of {', '.join(BASES)}, or the folder of a pipeline or model.")
+    named = _named_base(source)
+    if named is None or not needed:
+        return _Base()
+    said = f"{named}, as the adapter says (base_model_name_or_path)"
+    try:
+        if (folder := _on_disk(named)) is not None:
+            return _of_folder(str(folder), said)
+        if is_hub_id(named):
+            return _of_configs(named, said)
+    except FormatError as error:
+        print(f"base: {said}, is not taken: {in_flags(str(error))}")
+    return _Base()
+
+
+def _of_folder(folder: str, said: str) -> _Base:
+    names = base_of_folder(folder)
+    return _Base(names, shapes_of_folder(folder), said=f"{said}{describe_base(names)}")
+
+
+def _of_configs(name: str, said: str) -> _Base:
+    names = base_of_folder(find_configs(name))
+    return _Base(names, said=f"{said}{describe_base(names)}")
+
+
+def _named_base(source: Path) -> str | None:
+    """The `base_model_name_or_path` of a PEFT folder's configs; of a pipeline's parts, the pipeline."""
+    if source.name == "adapter_model.safetensors":
+        source = source.parent
+    if not source.is_dir():
+        return None
+    own = source / ADAPTER_CONFIG
+    names = set()
+    for file in [own] if own.is_file() else sorted(source.glob(f"*/{ADAPTER_CONFIG}")):
+        try:
+            name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except (ValueError, AttributeError):
+            return None  # whoever reads the adapter says what is wrong with it
+        if name:
+            parent = Path(name).parent
+            names.add(str(parent) if (parent / PIPELINE_INDEX).is_file() else str(name))
+    return names.pop() if len(names) == 1 else None
+
+
+def _on_disk(named: str) -> Path | None:
+    folder = Path(named)
+    return folder if any((folder / name).is_file() for name in (PIPELINE_INDEX, "config.json")) else None
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file() or any(folder.glob(f"*/{ADAPTER_CONFIG}"))
+
+
+def _is_pipeline(folder: Path) -> bool:
+    return (folder / PIPELINE_INDEX).is_file()
+
+
+def _check_new_file(file: Path, force: bool, *read: str | os.PathLike) -> None:
+    """Refuse, before anything is computed, a file that cannot or should not be written."""
+    if file.is_dir():
+        raise FormatError(f"{file}: expected the name of a file to write, got a folder. Name a file in it.")
+    _check_place(file, read)
+    if file.exists() and not force:
+        raise FormatError(f"{file}: exists already. Name another file, or replace this one with --force.")
+
+
+def _check_place(out: Path, read: tuple[str | os.PathLike, ...]) -> None:
+    for source in read:
+        if Path(source).exists() and Path(source).resolve().is_relative_to(out.resolve()):
+            raise FormatError(f"{out}: {source} is read from there, so it is not written. Name another output.")
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    if not place.is_dir():
+        raise FormatError(f"{out}: {place} is a file, not a folder. Name another output.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise FormatError(f"{out}: the folder {place} cannot be written to (no permission). Name another output.")
+
+
+@contextmanager
+def _folder(
+    out: str, options: argparse.Namespace, holds: Callable[[Path], bool], *read: str | os.PathLike
+) -> Iterator[Path]:
+    """Where to write a folder that is to become `out`: itself if it is new; else one beside it that takes its place.
+
+    Args:
+        holds: whether a folder is what the command writes; nothing else is replaced, with --force neither. read: what
+            the command reads, which it never replaces.
+    """
+    path = Path(out)
+    if path.name not in ("", ".."):  # whoever writes refuses these
+        _check_place(path, read)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())) or path.name in ("", ".."):
+        yield path
+        return
+    if not options.force:
+        raise FormatError(f"{out}: exists already. Name a new folder, or replace this one with --force.")
+    if not path.is_dir() or not holds(path):
+        raise FormatError(
+            f"{out}: exists already and is nothing that this command writes, so that --force does not replace it. Name "
+            "a new folder, or remove this one first."
+        )
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".tmp") as scratch:
+        new, old = Path(scratch, "new"), Path(scratch, "old")
+        yield new
+        os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            os.replace(old, path)
+            raise
