@@ -170,7 +170,9 @@ def test_a_bad_file_is_named(page, tmp_path, content, words):
     shot(page, "bad")
 
 
-@pytest.mark.skipif(not SHOTS, reason="makes docs/app.png: PEFT_KRONA_SCREENSHOTS=docs make test-app")
+@pytest.mark.skipif(
+    not SHOTS, reason="makes docs/app.png: PEFT_KRONA_SCREENSHOTS=docs pytest tests/test_app_browser.py -k readme"
+)
 def test_the_picture_of_the_readme(page):
     """The page as it opens: the shipped subject, its settings, and what is drawn after the training."""
     page.get_by_role("button", name="Train", exact=True).click()
