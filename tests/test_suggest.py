@@ -339,10 +339,13 @@ def test_the_command_prints_the_plan(folders, capsys):
         (["--budget", "10"], "error: --budget 10 is too small"),
         (["--budget", "1k", "--component", "vae"], "expected --component vae; it has text_encoder, unet."),
         (["--budget", "1k", "--target-modules", "nothing"], "Pass --target-modules."),
+        (["joy", "--budget", "1k"], "KronAConfig.target_modules is None, and none of its layers"),
+        (["joy", "--budget", "1k"], "Pass --target-modules: 'all-linear', or some of the names"),
     ],
 )
 def test_bad_input_is_one_line_in_words_of_the_command(arguments, says, folders, capsys):
-    assert main(["plan", str(folders), *arguments]) == 1
+    model = "JoyImageEditPlusTransformer3DModel" if arguments[0] == "joy" else str(folders)
+    assert main(["plan", model, *arguments[arguments[0] == "joy" :]]) == 1
     out = capsys.readouterr()
     assert says in out.err and out.err.count("\n") == 1 and not out.out
 

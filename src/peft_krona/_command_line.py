@@ -208,7 +208,7 @@ _FLAGS = (
     (r"\bbase_model\b(?!_name)", "--base"),
     (r"\bcomponent='(\w+)'", r"--component \1"),
     (r"\bbudget='([^']*)'", r"--budget \1"),
-    (r"\btarget_modules\b", "--target-modules"),
+    (r"(?<!KronAConfig\.)\btarget_modules\b", "--target-modules"),
     (r"\bpicture='([^']*)'", r"--plot \1"),
 )
 
