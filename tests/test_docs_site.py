@@ -33,13 +33,14 @@ def commands(page: Path) -> list[list[str]]:
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
 def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     """All blocks of the page in turn, as one program."""
-    if "load_in_4bit" in page.read_text(encoding="utf-8") and not torch.cuda.is_available():
+    code = "\n".join(blocks(page, "python"))
+    if "from diffusers import BitsAndBytesConfig" in code and not torch.cuda.is_available():
         pytest.skip("diffusers loads 4-bit models on a GPU only")
-    if "from trl import" in page.read_text(encoding="utf-8") and find_spec("trl") is None:
+    if "from trl import" in code and find_spec("trl") is None:
         pytest.skip("needs trl: pip install trl")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), {"__name__": "__main__"})
+    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
 
 
 DIFFS = [d for d in blocks(DOCS / "from_lora.md", "diff") if "\n...\n" not in d]
