@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import dreambooth_pipelines as tiny
+import tiny_families
 from accelerate.state import AcceleratorState, PartialState
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from examples import dreambooth_kron
 from examples.dreambooth import TrainingError, init_adapter
@@ -125,9 +126,10 @@ def train(*args):
 
 def begin(tiny_sd, pictures, source, *more):
     """What the script does before the first step; returns the pipeline."""
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+    pipe = DiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+    denoiser = "unet" if hasattr(pipe, "unet") else "transformer"
     args = parse_args(arguments(tiny_sd, pictures, "unused", "--init_adapter", source, *more))
-    init_adapter.begin(pipe, args.init_adapter, "unet", vars(args), args.train_text_encoder, print)
+    init_adapter.begin(pipe, args.init_adapter, denoiser, vars(args), args.train_text_encoder, print)
     return pipe
 
 
@@ -157,6 +159,23 @@ def test_the_start_is_the_file(tiny_sd, pictures, tmp_path, sources, source, mor
     got = {layer.name: layer.delta_weight() for layer in read_adapter(tmp_path)}
     assert got.keys() == wanted.keys()
     for name, delta in wanted.items():  # rounded into the file, and once more if the factors are others
+        assert (got[name] - delta).norm() <= 2 * tolerance(torch.float32) * delta.norm(), name
+
+
+@pytest.mark.parametrize(("to", "more"), [("lokr", []), ("lora", ["--krona_a_out", 4, "--krona_a_in", 2, "--rank", 1])])
+def test_files_of_a_transformer(tmp_path, pictures, to, more):
+    """FLUX.2 klein, with its fused projections, under other tools' names."""
+    pipe = DiffusionPipeline.from_pretrained(tiny_families.build(tmp_path / "klein", "flux2_klein"))
+    add_krona(pipe, KronAConfig(a_out=4, a_in=2, init_weights=False))
+    save_krona_weights(pipe, tmp_path / "krona")
+    made = read_adapter(tmp_path / "krona")
+    export(made, tmp_path / "file.safetensors", to=to, dtype=torch.float32)
+    begun = begin(tmp_path / "klein", pictures, tmp_path / "file.safetensors", *more)
+    save_krona_weights(begun, tmp_path / "begun")
+    got = {layer.name: layer.delta_weight() for layer in read_adapter(tmp_path / "begun")}
+    wanted = {layer.name: layer.delta_weight() for layer in made}
+    assert got.keys() == wanted.keys() and any("to_qkv_mlp_proj" in name for name in got)
+    for name, delta in wanted.items():
         assert (got[name] - delta).norm() <= 2 * tolerance(torch.float32) * delta.norm(), name
 
 
