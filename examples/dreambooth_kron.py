@@ -179,17 +179,19 @@ def main(args: Any) -> dict[str, Any]:
     quantized.prepare(base, device, weight_dtype)
     resting = torch.device("cpu") if args.offload else device
     pipe.vae.requires_grad_(False).to(resting)  # stays in fp32: half precision makes NaN with SDXL's VAE
-    for encoder in encoders.values():
-        quantized.prepare(encoder, device if args.train_text_encoder else resting, weight_dtype)
+    trained_text = family.trained_text if args.train_text_encoder else ()
+    for part, encoder in encoders.items():
+        quantized.prepare(encoder, device if part in trained_text else resting, weight_dtype)
 
     denoiser = Trained(family)
     folder = args.cache_to_disk
     texts = DiskCache(folder, encoders.values(), family.title, family.max_sequence_length) if folder else None
     embed = TextEmbeddings(family, args.train_text_encoder, device, texts)
-    if not args.train_text_encoder:
+    if set(encoders) > set(trained_text):
         with offload_models(*encoders.values(), device=device, offload=args.offload):
             embed.precompute(captions + [""] * (args.caption_dropout > 0))
-        denoiser.encoders = torch.nn.ModuleList()  # frozen and no longer needed: out of the wrapper's sight
+    if not trained_text:
+        denoiser.encoders = torch.nn.ModuleList()  # no longer needed: out of the wrapper's sight
     if args.cache_latents:
         with offload_models(pipe.vae, device=device, offload=args.offload):
             dataset.cache_latents(
@@ -206,7 +208,7 @@ def main(args: Any) -> dict[str, Any]:
         trained = init_adapter.begin(pipe, source, family.denoiser, vars(args), args.train_text_encoder, say)
     else:
         text_config = adapter_config(args, "text_encoder") if args.train_text_encoder else None
-        trained = adapters.add(pipe, adapter_config(args, family.denoiser, family.targets()), text_config)
+        trained = adapters.add(pipe, adapter_config(args, family.denoiser, family.targets()), text_config, trained_text)
     cast_training_params(list(trained.values()), dtype=torch.float32)
     if args.enable_xformers_memory_efficient_attention:
         if not is_xformers_available():
@@ -214,9 +216,8 @@ def main(args: Any) -> dict[str, Any]:
         base.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
         base.enable_gradient_checkpointing()
-        if args.train_text_encoder:
-            for encoder in encoders.values():
-                encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        for part in trained_text:
+            encoders[part].gradient_checkpointing_enable({"use_reentrant": False})
     if args.torch_compile:
         # the transformer blocks, where diffusers names them: most of the work, a fraction of the compile time
         (base.compile_repeated_blocks if getattr(base, "_repeated_blocks", None) else base.compile)()

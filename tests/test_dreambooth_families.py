@@ -187,9 +187,14 @@ def reference_loss(kind, pipe, batch):
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+TEXT = "--train_text_encoder"
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [*((kind, []) for kind in KINDS), *((kind, [TEXT]) for kind in ("sd", "sdxl", "sd3", "flux"))]
+)
 @torch.no_grad()
-def test_the_loss_is_the_familys(pipeline, pictures, tmp_path, monkeypatch, kind):
+def test_the_loss_is_the_familys(pipeline, pictures, tmp_path, monkeypatch, kind, more):
     """The script's first loss, everything in float64; a new adapter changes nothing."""
     batches, losses = [], []
     collate, loss_of = data.collate, objective.loss_of
@@ -198,7 +203,7 @@ def test_the_loss_is_the_familys(pipeline, pictures, tmp_path, monkeypatch, kind
     monkeypatch.setattr(adapters, "dtype_of", lambda _: torch.float64)
     monkeypatch.setattr(evaluate, "base_pipeline", functools.partial(evaluate.base_pipeline, dtype=torch.float64))
     with torch.enable_grad():
-        train(kind, pipeline, pictures, tmp_path, "--max_train_steps", 1)
+        train(kind, pipeline, pictures, tmp_path, "--max_train_steps", 1, *more)
     pipe = DiffusionPipeline.from_pretrained(pipeline(kind)).to(torch.float64)
     assert len({len(caption) for caption in batches[0]["caption"]}) == 2  # of different lengths
     torch.testing.assert_close(losses[0], reference_loss(kind, pipe, batches[0]), rtol=1e-7, atol=0)
@@ -207,14 +212,20 @@ def test_the_loss_is_the_familys(pipeline, pictures, tmp_path, monkeypatch, kind
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", FLOW)
-def test_training_resume_and_export(pipeline, pictures, tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize(("kind", "more"), [*((kind, []) for kind in FLOW), ("sd3", [TEXT]), ("flux", [TEXT])])
+def test_training_resume_and_export(pipeline, pictures, tmp_path, monkeypatch, kind, more):
     """Two updates change the adapter alone, all of it; a resumed run is the same; diffusers draws the same."""
     loaded, load = [], evaluate.load_pipeline
     monkeypatch.setattr(evaluate, "load_pipeline", lambda *a, **kw: loaded.append(load(*a, **kw)) or loaded[-1])
     out = tmp_path / "dog"
-    train(kind, pipeline, pictures, out, "--checkpointing_steps", 1, "--export", "lora", "--learning_rate", 0.1)
+    more = ["--checkpointing_steps", 1, "--learning_rate", 0.1, *more]
+    train(kind, pipeline, pictures, out, "--export", "lora", *more)
     trained = weights(out)
+    trained_text = type(families.of(loaded[0])).trained_text if TEXT in more else ()
+    assert {part.name for part in out.iterdir() if (part / "adapter_config.json").is_file()} == {
+        "transformer",
+        *trained_text,
+    }
     idle = {k.rpartition(".krona_B")[0] for k, v in trained.items() if k.endswith("krona_B") and not v.any()}
     assert trained and bool(idle) == type(families.of(loaded[0])).spare, idle
     before = DiffusionPipeline.from_pretrained(pipeline(kind))
@@ -245,7 +256,7 @@ def test_training_resume_and_export(pipeline, pictures, tmp_path, monkeypatch, k
         with pytest.raises(TrainingError, match=r"--negative_prompt: FLUX.* has no use for one; leave it out"):
             generate.main(generate.build_parser().parse_args([*args, "--negative_prompt", "rain"]))
 
-    train(kind, pipeline, pictures, out, "--resume_from_checkpoint", "checkpoint-1", "--learning_rate", 0.1)
+    train(kind, pipeline, pictures, out, "--resume_from_checkpoint", "checkpoint-1", *more)
     again = weights(out)
     assert trained.keys() == again.keys() and all(torch.equal(v, again[k]) for k, v in trained.items())
 
@@ -423,6 +434,7 @@ FLUX_INDEX = {"_class_name": "FluxPipeline"} | {
         ({"_class_name": "KandinskyPipeline"}, r"p is a KandinskyPipeline: expected .* one of the known families: .*"
          r"FLUX\.1 \(FluxPipeline\); .*Choose such a pipeline, or add a family \(examples/README\.md\)"),
         ({}, "p is a None: expected"),
+        ({"_class_name": ["pipeline_own", "OwnPipeline"]}, "p is a OwnPipeline: expected"),
         ({"_class_name": "FluxFillPipeline"}, "p is a FluxFillPipeline: expected"),
         (FLUX_INDEX | {"text_encoder_2": [None, None]}, r"p is a FluxPipeline without text_encoder_2: FLUX\.1 needs t"),
         ({k: v for k, v in FLUX_INDEX.items() if k != "vae"}, r"without vae: FLUX\.1 needs transformer, v.*complete"),
@@ -462,7 +474,7 @@ BASIC = ["--pretrained_model_name_or_path", "p", "--instance_data_dir", "d", "--
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [
-        ("FluxPipeline", ["--train_text_encoder"], r"encoders of FLUX\.1 are not trained, only those of Stable"),
+        ("QwenImagePipeline", [TEXT], r"encoders of Qwen-Image are not trained, only CLIP, which .*; drop the flag"),
         (
             "StableDiffusion3Pipeline",
             ["--max_sequence_length", "513"],

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,22 +24,25 @@ from . import TrainingError, lora, sharded
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")  # each is trained in a folder of its name
 
 
-def add(pipe: Any, config: PeftConfig, text_config: PeftConfig | None = None) -> dict[str, nn.Module]:
+def add(
+    pipe: Any, config: PeftConfig, text_config: PeftConfig | None = None, text_encoders: Collection[str] = COMPONENTS
+) -> dict[str, nn.Module]:
     """Add a fresh, trainable adapter named "default"; returns {component: adapted model}.
 
     Args:
         pipe: the pipeline. config: for its denoiser. text_config: for its text encoders; None: leave them alone.
+        text_encoders: names of those that are adapted.
 
     Raises:
         TrainingError: if nothing in a model matches, or a layer does not suit.
     """
+    wanted = (*COMPONENTS[:2], *(text_encoders if text_config is not None else ()))
+    parts = {name: part for name, part in pipe.components.items() if name in wanted and part is not None}
     try:
         if isinstance(config, KronAConfig):
-            return add_krona(pipe, config, text_encoder_config=text_config)
-        return lora.add(pipe, config, text_config)
+            return add_krona(SimpleNamespace(components=parts), config, text_encoder_config=text_config)
+        return lora.add(parts, config, text_config)
     except (KronAError, ValueError) as error:
-        names = COMPONENTS if text_config is not None else COMPONENTS[:2]
-        parts = [name for name in names if getattr(pipe, name, None) is not None]
         raise TrainingError(f"The adapter does not fit the {', '.join(parts)}: {error}") from error
 
 

@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--revision", help="Revision of the pipeline on the Hub.")
     group.add_argument("--variant", help="Variant of the weight files, e.g. fp16.")
     group.add_argument("--cache_dir", help="Where downloads are kept.")
-    group.add_argument("--train_text_encoder", action="store_true", help="SD, SDXL: adapt the text encoders too.")
+    group.add_argument("--train_text_encoder", action="store_true", help="SD, SDXL, SD3, FLUX.1: adapt CLIP too.")
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -479,10 +479,10 @@ def idle_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, cases:
 
 def check_family(args: argparse.Namespace, family: type[Family]) -> None:
     """Raises TrainingError if flags ask for what this family does not have."""
-    if args.train_text_encoder and not family.trains_text:
+    if args.train_text_encoder and not family.trained_text:
         raise TrainingError(
-            f"--train_text_encoder: the text encoders of {family.title} are not trained, only those of Stable "
-            "Diffusion 1.x, 2.x and XL; drop the flag."
+            f"--train_text_encoder: the text encoders of {family.title} are not trained, only CLIP, which Stable "
+            "Diffusion and FLUX.1 have; drop the flag."
         )
     length, limit = args.max_sequence_length, family.sequence[1] if family.sequence else None
     if limit and length and length > limit:

@@ -18,14 +18,10 @@ from . import TrainingError
 PREFIX = "base_model.model."  # what PEFT puts before module names in its files
 
 
-def add(pipe: Any, config: PeftConfig, text_config: PeftConfig | None) -> dict[str, nn.Module]:
-    """Add the adapter "default" to the denoiser and, with `text_config`, to the text encoders."""
-    configs = {"unet": config, "transformer": config}
-    if text_config is not None:
-        configs |= {"text_encoder": text_config, "text_encoder_2": text_config}
-    models = {name: getattr(pipe, name) for name in configs if getattr(pipe, name, None) is not None}
+def add(models: dict[str, nn.Module], config: PeftConfig, text_config: PeftConfig | None) -> dict[str, nn.Module]:
+    """Add the adapter "default" to models by component: a denoiser and, with `text_config`, text encoders."""
     for name, model in models.items():
-        model.add_adapter(configs[name])
+        model.add_adapter(text_config if name.startswith("text_encoder") else config)
     return models
 
 

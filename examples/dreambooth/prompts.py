@@ -53,7 +53,7 @@ def lost(tokenizer: Any, limit: int, prompt: str) -> tuple[str, int, int] | None
 
 
 class TextEmbeddings:
-    """Prompts for the denoiser: encoded once and kept if the text encoders are frozen, else as token ids."""
+    """Prompts for the denoiser: encoded once by frozen text encoders and kept, as token ids for trained ones."""
 
     def __init__(self, family: Family, trained: bool, device: torch.device, disk: DiskCache | None = None):
         """`disk`: where they are kept, if not in memory."""
@@ -61,12 +61,12 @@ class TextEmbeddings:
         self.known: dict[str, Text | Stored] = {}
 
     @torch.no_grad()
-    def precompute(self, prompts: Iterable[str], batch: int = 16) -> None:
+    def precompute(self, prompts: Iterable[str]) -> None:
         if self.disk is not None:
             self.known |= {prompt: found for prompt in set(prompts) if (found := self.disk.get(prompt))}
         todo = sorted(set(prompts) - set(self.known))
-        for start in range(0, len(todo), batch):
-            part = todo[start : start + batch]
+        for start in range(0, len(todo), self.family.prompts_at_once):
+            part = todo[start : start + self.family.prompts_at_once]
             for prompt, text in zip(part, self.family.encode_prompt(part), strict=True):
                 if self.disk is not None:
                     self.known[prompt] = self.disk.put(text, prompt)
@@ -74,11 +74,12 @@ class TextEmbeddings:
                     self.known[prompt] = {name: value.cpu() for name, value in text.items()}
 
     def __call__(self, prompts: list[str]) -> Text:
-        if self.trained:
-            return self.family.tokens(prompts, self.device)
+        tokens = self.family.tokens(prompts, self.device) if self.trained else {}
+        if not self.known:  # all encoders are trained
+            return tokens
         found = [self.known[prompt] for prompt in prompts]
         batch = self.family.collate([text.read() if isinstance(text, Stored) else text for text in found])
-        return {name: to_device(value, self.device) for name, value in batch.items()}
+        return tokens | {name: to_device(value, self.device) for name, value in batch.items()}
 
 
 def to_device(value: Any, device: torch.device) -> Any:

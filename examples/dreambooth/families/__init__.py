@@ -33,6 +33,7 @@ def family_of(index: Mapping[str, Any], where: str) -> type[Family]:
         TrainingError: if it is of no known family, or one of its components is missing.
     """
     name = index.get("_class_name")
+    name = name[-1] if isinstance(name, list) else name  # of a pipeline with code of its own: [module, class]
     family = known().get(name)
     if family is None:
         expected = "; ".join(f"{f.title} ({', '.join(f.pipelines)})" for f in dict.fromkeys(known().values()))

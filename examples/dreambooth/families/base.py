@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ class Family:
         weighting: the default --weighting_scheme. precondition: the default --precondition_outputs.
         sequence: (usual, largest) --max_sequence_length; None if the text encoders have a fixed length.
         spare: whether layers are adapted whose result the model drops, so that they have no gradient.
-        trains_text: whether its text encoders can be adapted. guidance: the default of --validation_guidance_scale.
+        trained_text: the text encoders that --train_text_encoder adapts. prompts_at_once: so many are encoded together.
+        guidance: the default of --validation_guidance_scale.
         negative: whether the pipeline has a use for a negative prompt. tags: for the model card.
     """
 
@@ -35,7 +37,8 @@ class Family:
     precondition = False
     sequence: tuple[int, int] | None = None
     spare = False
-    trains_text = False
+    trained_text: tuple[str, ...] = ()
+    prompts_at_once = 1
     guidance = 4.0
     negative = True
     tags: tuple[str, ...] = ()
@@ -100,6 +103,20 @@ class Family:
         """For each prompt the tensors that `collate` takes, without a batch dimension; they are kept on the CPU."""
         raise NotImplementedError
 
+    def tokens(self, prompts: list[str], device: torch.device) -> Text:
+        """For text encoders that are trained: token ids, one tensor per encoder, and which prompts are empty."""
+        tokenizers = [getattr(self.pipe, name.replace("text_encoder", "tokenizer")) for name in self.trained_text]
+        ids = [
+            t(prompts, padding="max_length", max_length=t.model_max_length, truncation=True, return_tensors="pt")
+            for t in tokenizers
+        ]
+        empty = torch.tensor([prompt == "" for prompt in prompts], device=device)
+        return {"ids": [i.input_ids.to(device) for i in ids], "empty": empty}
+
+    def encode(self, encoders: Sequence[nn.Module], text: Text) -> Text:
+        """What trained encoders make of `tokens`, by name. `text` also has what `collate` gave, if any is frozen."""
+        raise NotImplementedError
+
     def collate(self, texts: list[Text]) -> Text:
         """A batch of what `encode_prompt` gave."""
         return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
@@ -156,14 +173,14 @@ def precise(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Trained(nn.Module):
-    """Denoiser and text encoders as one module, so that one wrapper (DDP, DeepSpeed, ...) sees all that is trained."""
+    """Denoiser and trained text encoders as one, so that one wrapper (DDP, DeepSpeed, ...) sees all that is trained."""
 
     def __init__(self, family: Family):
         super().__init__()
         self.family = family
         self.model = getattr(family.pipe, family.denoiser)
-        self.encoder_names = list(family.text_encoders())
-        self.encoders = nn.ModuleList(family.text_encoders().values())
+        self.encoder_names = family.trained_text
+        self.encoders = nn.ModuleList(getattr(family.pipe, name) for name in family.trained_text)
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -183,5 +200,5 @@ class Trained(nn.Module):
     def forward(self, noisy: torch.Tensor, level: torch.Tensor, text: Text) -> torch.Tensor:
         """`Family.predict`. `text`: either token ids, to be encoded here, or what `Family.collate` gave."""
         if "ids" in text:
-            text = text | self.family.encode(self.encoders, text["ids"], text["empty"])
+            text = text | self.family.encode(self.encoders, text)
         return self.family.predict(self.model, noisy, level, text)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ class Flux(Family):
     sequence = (512, 512)
     guidance = 3.5
     negative = False  # unless it is called with true_cfg_scale
+    trained_text = ("text_encoder",)
     tags = ("flux",)
 
     def windows(self) -> list[tuple[Any, int]]:
@@ -31,6 +33,9 @@ class Flux(Family):
             prompts, device=self.text_device(), max_sequence_length=self.max_sequence_length
         )
         return [{"hidden": h, "pooled": p} for h, p in zip(hidden, pooled, strict=True)]
+
+    def encode(self, encoders: Sequence[nn.Module], text: Text) -> Text:
+        return {"pooled": encoders[0](text["ids"][0]).pooler_output}
 
     def predict(self, model: nn.Module, noisy: torch.Tensor, level: torch.Tensor, text: Text) -> torch.Tensor:
         samples, channels, height, width = noisy.shape

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from .base import Family, Text
 
@@ -22,6 +24,7 @@ class StableDiffusion3(Family):
     sequence = (256, 512)
     spare = True  # the last block has no use for its text queries
     guidance = 7.0
+    trained_text = ("text_encoder", "text_encoder_2")
     tags = ("sd3", "stable-diffusion-3")
 
     def multiple(self) -> int:
@@ -41,6 +44,13 @@ class StableDiffusion3(Family):
             max_sequence_length=self.max_sequence_length,
         )  # fmt: skip
         return [{"hidden": h, "pooled": p} for h, p in zip(hidden, pooled, strict=True)]
+
+    def encode(self, encoders: Sequence[nn.Module], text: Text) -> Text:
+        outputs = [encoder(i, output_hidden_states=True) for encoder, i in zip(encoders, text["ids"], strict=True)]
+        clip = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        t5 = text["hidden"][:, clip.shape[1] :].to(clip.dtype)
+        hidden = torch.cat([pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], dim=1)
+        return {"hidden": hidden, "pooled": torch.cat([output[0] for output in outputs], dim=-1)}
 
     def predict(self, model: nn.Module, noisy: torch.Tensor, level: torch.Tensor, text: Text) -> torch.Tensor:
         return model(

@@ -20,7 +20,8 @@ class StableDiffusion(Family):
     components = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     denoiser = "unet"
     objective = "noise"
-    trains_text = True
+    trained_text = ("text_encoder",)
+    prompts_at_once = 16
     guidance = 7.0  # the DiffuseKronA paper's best
     tags = ("stable-diffusion",)
 
@@ -39,28 +40,16 @@ class StableDiffusion(Family):
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
-    def tokenizers(self) -> list[Any]:
-        return [self.pipe.components[name] for name in self.components if name.startswith("tokenizer")]
-
     def windows(self) -> list[tuple[Any, int]]:
-        return [(tokenizer, tokenizer.model_max_length) for tokenizer in self.tokenizers()]
+        tokenizers = [self.pipe.components[name] for name in self.components if name.startswith("tokenizer")]
+        return [(tokenizer, tokenizer.model_max_length) for tokenizer in tokenizers]
 
-    def tokens(self, prompts: list[str], device: torch.device) -> Text:
-        """Token ids, one tensor per text encoder, and which prompts are empty."""
-        ids = [
-            t(prompts, padding="max_length", max_length=t.model_max_length, truncation=True, return_tensors="pt")
-            for t in self.tokenizers()
-        ]
-        empty = torch.tensor([prompt == "" for prompt in prompts], device=device)
-        return {"ids": [i.input_ids.to(device) for i in ids], "empty": empty}
-
-    def encode(self, encoders: Sequence[nn.Module], ids: list[torch.Tensor], empty: torch.Tensor) -> Text:
-        """What the UNet attends to (`hidden`) and, for SDXL, the pooled embedding. `empty` marks empty prompts."""
-        return {"hidden": encoders[0](ids[0])[0]}
+    def encode(self, encoders: Sequence[nn.Module], text: Text) -> Text:
+        return {"hidden": encoders[0](text["ids"][0])[0]}
 
     def encode_prompt(self, prompts: list[str]) -> list[Text]:
-        encoders = list(self.text_encoders().values())
-        encoded = self.encode(encoders, **self.tokens(prompts, encoders[0].device))
+        encoders = [getattr(self.pipe, name) for name in self.trained_text]
+        encoded = self.encode(encoders, self.tokens(prompts, encoders[0].device))
         return [{name: value[i] for name, value in encoded.items()} for i in range(len(prompts))]
 
     # -- UNet ----------------------------------------------------------------------------------------------------------
@@ -73,12 +62,14 @@ class StableDiffusionXL(StableDiffusion):
     title = "Stable Diffusion XL"
     pipelines = ("StableDiffusionXLPipeline",)
     components = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    trained_text = ("text_encoder", "text_encoder_2")
     tags = ("stable-diffusion-xl",)
 
-    def encode(self, encoders: Sequence[nn.Module], ids: list[torch.Tensor], empty: torch.Tensor) -> Text:
-        outputs = [encoder(i, output_hidden_states=True) for encoder, i in zip(encoders, ids, strict=True)]
+    def encode(self, encoders: Sequence[nn.Module], text: Text) -> Text:
+        outputs = [encoder(i, output_hidden_states=True) for encoder, i in zip(encoders, text["ids"], strict=True)]
         hidden, pooled = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1), outputs[-1][0]
         if self.pipe.config.get("force_zeros_for_empty_prompt"):  # the empty prompt is all zeros, not its encoding
+            empty = text["empty"]
             hidden, pooled = hidden.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
         return {"hidden": hidden, "pooled": pooled}
 
