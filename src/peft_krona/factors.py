@@ -6,7 +6,7 @@ from __future__ import annotations
 from functools import cache
 from math import isqrt, prod
 
-from .choices import LAYOUTS, ORDERS, Layout, Order  # noqa: F401  TEMPORARY
+from .choices import Order
 from .errors import FactorError
 
 

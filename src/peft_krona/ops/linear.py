@@ -7,8 +7,8 @@ import torch
 from torch.compiler import is_compiling
 
 from .._compat import apply_node, looks_inside, sees_calls, unwrap_if_dead
+from ..choices import Layout, Order
 from ..errors import ShapeError
-from ..factors import Layout, Order
 from . import backend as backends
 from .backend import Backend, choose_backend
 from .dtypes import autocasts, compute_dtype, with_number
@@ -62,7 +62,7 @@ def kron_linear(
     """
     dtype = compute_dtype(x) if (casts := autocasts(x.device)) else x.dtype
     plan = plan_of(x, A, B, (layout, order), dtype)
-    if base.__class__ is Frozen:
+    if type(base) is Frozen:
         if base[0].shape != (plan[1] * plan[3], plan[2] * plan[4]):
             expected, got = (plan.n_out, plan.n_in), tuple(base.weight.shape)
             raise ShapeError(f"Expected a frozen weight of shape {expected}, got {got}.")
@@ -111,8 +111,8 @@ def kron_over_frozen(x: torch.Tensor, update: Update, frozen: Frozen, layout: La
 
 def compute(x: torch.Tensor, update: Update, base: Base, plan: Plan, backend: Backend) -> torch.Tensor:
     """base + the product (..., out) outside autocast, for x (..., in) in the compute dtype, of any strides."""
-    plain = base.__class__ is Frozen or base is None
-    if not plain and base.dtype != x.dtype:  # e.g. an fp32 residual stream over a bf16 product
+    # e.g. an fp32 residual stream over a bf16 product
+    if base is not None and type(base) is not Frozen and base.dtype != x.dtype:
         return base + compute(x, update, None, plan, backend).to(base.dtype)
     if backend == "triton":
         return fused_add(x, update, base, plan)

@@ -21,7 +21,7 @@ Settings = tuple[float, Frozen | None, Plan]  # s, the frozen layer if that is t
 
 def run(node: type[torch.autograd.Function], x: torch.Tensor, update: Update, base: Base, plan: Plan) -> torch.Tensor:
     """The node's output (..., out) for x (..., in)."""
-    if base.__class__ is Frozen:
+    if type(base) is Frozen:
         return apply_node(node, x, update[0], update[1], None, (update[2], base, plan))
     return apply_node(node, x, update[0], update[1], base, (update[2], None, plan))
 

@@ -7,7 +7,7 @@ s the scale, T tokens (the product of x's leading sizes). dW = s * layout(sum_n 
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, final
 
 import torch
 
@@ -23,6 +23,7 @@ class Update(NamedTuple):
     scale: float | torch.Tensor = 1.0
 
 
+@final  # so that `type(base) is Frozen` tells checkers of the other case, too
 class Frozen(NamedTuple):
     """A dense layer to add to, x weight^T + bias: weight (out, in), bias (out,) or None, neither with a gradient."""
 

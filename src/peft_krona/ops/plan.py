@@ -9,8 +9,9 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
+from ..choices import LAYOUTS, ORDERS, Layout, Order
 from ..errors import BackendError, ShapeError
-from ..factors import LAYOUTS, ORDERS, Layout, Order, cheaper_order
+from ..factors import cheaper_order
 
 Variant: TypeAlias = Literal["batched", "paired", "expanded"]
 VARIANTS: tuple[Variant, ...] = ("batched", "paired", "expanded")  # of the product with A: see apply_A.py

@@ -98,7 +98,8 @@ def inplace_op(x: torch.Tensor, update: Update, base: Base, plan: Plan) -> tuple
     x (..., in) is contiguous.
     """
     dtype = x.dtype
-    if base.__class__ is Frozen:
+    y: torch.Tensor | None
+    if type(base) is Frozen:
         y = frozen_linear(x, base)
     else:
         y = None if base is None else base.clone(memory_format=torch.contiguous_format)
@@ -155,11 +156,12 @@ def _node_gradients(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ..
     if not dy.is_contiguous():
         dy = dy.contiguous()
     g = dy.float() if plan[8] else dy
-    m = A if mA is None else mA, mB
+    m, kept = (A if mA is None else mA, mB), (x, h)
     if torch.is_grad_enabled():  # create_graph=True: what was computed without a graph must become part of one
         m = matrices(Update(A, B, scale), g.dtype, plan)
-        h = None if x is None else multiply(None, x, m, plan)[1]
-    dX, dA, dB = (_gradients_b_first if plan[6] == "b_first" else _gradients_a_first)(g, (x, h), m, plan, needs)
+        if x is not None:
+            kept = x, multiply(None, x, m, plan)[1]
+    dX, dA, dB = (_gradients_b_first if plan[6] == "b_first" else _gradients_a_first)(g, kept, m, plan, needs)
     if dX is not None:
         if weight is not None:
             rows = dy if dy.dim() == 2 else dy.view(-1, dy.shape[-1])
@@ -173,8 +175,8 @@ def _node_gradients(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ..
 
 
 # Both: (dX (T, in), dA, dB) from dy (..., out), contiguous, and `kept`: x (..., in) and h as in `multiply`, which may
-# be None where dX alone is needed. dA and dB have the strides of contiguous factors, as DistributedDataParallel wants it;
-# `contiguous` alone leaves those of sizes of 1.
+# be None where dX alone is needed. dA and dB have the strides of contiguous factors, as DistributedDataParallel wants
+# it; `contiguous` alone leaves those of sizes of 1.
 
 
 def _gradients_b_first(dy: torch.Tensor, kept: Kept, m: Matrices, plan: Plan, needs: Sequence[bool]) -> Gradients:
@@ -198,7 +200,6 @@ def _gradients_a_first(dy: torch.Tensor, kept: Kept, m: Matrices, plan: Plan, ne
     (x, V), (mA, mB), (need_x, need_A, need_B) = kept, m, needs[:3]
     r, a_out, a_in, b_out, b_in, layout, *_ = plan
     T = dy.numel() // (a_out * b_out)
-    X = x.view(T, a_in, b_in) if need_A else None
     dX = dA = dB = None
     if layout == "kron":
         g = dy.view(T * a_out, b_out)
@@ -208,7 +209,8 @@ def _gradients_a_first(dy: torch.Tensor, kept: Kept, m: Matrices, plan: Plan, ne
         if need_x or need_A:
             dV = torch.mm(g, mB.t()).view(T, a_out * r, b_in)
             if need_A:
-                dA = sum_over_tokens(dV, X).view(a_out, r, a_in).transpose(0, 1).contiguous().view(r, a_out, a_in)
+                dA = sum_over_tokens(dV, x.view(T, a_in, b_in)).view(a_out, r, a_in).transpose(0, 1)
+                dA = dA.contiguous().view(r, a_out, a_in)
             if need_x:
                 dX = torch.bmm(mA.mT.expand(T, -1, -1), dV).view(T, a_in * b_in)
         return dX, dA, dB
@@ -218,7 +220,7 @@ def _gradients_a_first(dy: torch.Tensor, kept: Kept, m: Matrices, plan: Plan, ne
     if need_x or need_A:
         dV = torch.bmm(mB.t().expand(T, -1, -1), g).view(T, b_in, r * a_out)
         if need_A:
-            dA = sum_over_tokens(X, dV.mT).reshape(a_in, r, a_out).permute(1, 2, 0)
+            dA = sum_over_tokens(x.view(T, a_in, b_in), dV.mT).reshape(a_in, r, a_out).permute(1, 2, 0)
             dA = dA.contiguous().view(r, a_out, a_in)
         if need_x:
             dX = torch.bmm(mA.expand(T, -1, -1), dV.mT).view(T, a_in * b_in)

@@ -84,14 +84,15 @@ def _backward(dy: torch.Tensor, kept: tuple, update: Update, plan: Plan, needs: 
 
     (x, h, weight), (need_x, need_A, need_B) = kept, needs
     dy, dx, add = dy.contiguous(), None, need_x and weight is not None
-    if add:
+    if need_x and weight is not None:
         with no_autocast(dy.device):
             dx = dy @ weight
     elif need_x:
         dx = dy.new_empty(*dy.shape[:-1], plan.n_in)
-    dy, x, dx_rows = (t if t is None else t.reshape(-1, t.shape[-1]) for t in (dy, x, dx))
-    factors = (x, h) if need_A or need_B else None
-    dA, dB = launch.backward(dy, factors, update, launch.Into(dx_rows, add), plan)
+    dx_rows = None if dx is None else dx.reshape(-1, dx.shape[-1])
+    factors = (x.reshape(-1, x.shape[-1]), h) if need_A or need_B else None
+    dy_rows = dy.reshape(-1, dy.shape[-1])
+    dA, dB = launch.backward(dy_rows, factors, update, launch.Into(dx_rows, add), plan)
     return dx, dA if need_A else None, dB if need_B else None
 
 
