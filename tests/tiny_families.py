@@ -12,6 +12,7 @@ from tiny import WIDTH, text_encoder, tiny_denoiser, tokenizer, vae
 from transformers import (
     AutoConfig,
     CLIPTextModelWithProjection,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3ForCausalLM,
@@ -102,8 +103,15 @@ def flux2_klein() -> diffusers.DiffusionPipeline:
 
 
 def flux2() -> diffusers.DiffusionPipeline:
-    """With a language model in the place of Mistral: the pipeline asks for nothing else."""
-    text = Qwen3ForCausalLM(AutoConfig.for_model("qwen3", **TEXT, num_hidden_layers=30)).eval()
+    """With a tokenizer in the place of Mistral's processor, which needs torchvision."""
+    vision = dict(
+        model_type="pixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    text_config = {**TEXT, "num_hidden_layers": 30, "model_type": "mistral"}
+    text = Mistral3ForConditionalGeneration(
+        AutoConfig.for_model("mistral3", text_config=text_config, vision_config=vision, image_token_index=261)
+    ).eval()
     return diffusers.Flux2Pipeline(
         flow(use_dynamic_shifting=True, shift=3.0), flux2_vae(), text, qwen_tokenizer(),
         tiny_denoiser("Flux2Transformer2DModel", joint_attention_dim=3 * TEXT["hidden_size"], guidance_embeds=True),

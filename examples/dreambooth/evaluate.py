@@ -75,7 +75,7 @@ def load_pipeline(
         # at once in its dtype: a large model would not fit in another one
         kwargs[DTYPE] = {"default": dtype, "vae": vae_dtype or dtype}
         pipe = DiffusionPipeline.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the last: a component needs a package that is missing
         raise TrainingError(f"{path} could not be loaded as a diffusers pipeline: {one_line(error)}") from error
     for name, model in pipe.components.items():
         if isinstance(model, torch.nn.Module) and not is_quantized(model):

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+import diffusers
+
 from .. import TrainingError
 from .base import Family
 
@@ -30,7 +32,8 @@ def family_of(index: Mapping[str, Any], where: str) -> type[Family]:
     """The family of a pipeline, from its model_index.json, before anything large is read.
 
     Raises:
-        TrainingError: if it is of no known family, or one of its components is missing.
+        TrainingError: if it is of no known family, of one that this version of diffusers does not have, or one of its
+            components is missing.
     """
     name = index.get("_class_name")
     name = name[-1] if isinstance(name, list) else name  # of a pipeline with code of its own: [module, class]
@@ -40,6 +43,10 @@ def family_of(index: Mapping[str, Any], where: str) -> type[Family]:
         raise TrainingError(
             f"{where} is a {name}: expected a text-to-image pipeline of one of the known families: {expected}. Choose "
             "such a pipeline, or add a family (examples/README.md)."
+        )
+    if not hasattr(diffusers, name):
+        raise TrainingError(
+            f"{where} is a {name}, which diffusers {diffusers.__version__} does not have: update diffusers."
         )
     missing = [part for part in family.components if not all(index.get(part) or (None,))]
     if missing:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from torch import nn
 
 from .base import Family, Text, precise
@@ -21,6 +20,8 @@ class Flux2Klein(Family):
 
     def shift(self, height: int, width: int) -> float:
         """Of latents that are in patches already, for 50 steps."""
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
         return compute_empirical_mu(height * width, num_steps=50)
 
     # -- text ----------------------------------------------------------------------------------------------------------
@@ -72,6 +73,8 @@ class Flux2(Flux2Klein):
     tags = ("flux2",)
 
     def windows(self) -> list[tuple[Any, int]]:
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
         processor = self.pipe.tokenizer
         empty = format_input([""], self.pipe.system_message)
         chat = processor.apply_chat_template(empty, tokenize=False)[0]
