@@ -4,6 +4,7 @@ PEFT folders whose settings change what is computed."""
 
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -86,6 +87,74 @@ def test_every_combination_of_prefixes(wrapper):
 def test_unknown_containers_and_layers_are_errors(name, message):
     with pytest.raises(FormatError, match=message):
         from_name(name)
+
+
+QWEN = "model.layers.3.self_attn.q_proj"
+T5 = "encoder.block.0.layer.0.SelfAttention.q"
+Z_IMAGE = "layers.0.attention.to_q"
+
+
+@pytest.mark.parametrize(
+    ("name", "container"),
+    [
+        (f"unet.foo.{UNET}", "foo"),
+        (f"unet.foo.bar.{UNET}", "foo.bar"),
+        (f"unet.vae.{UNET}", "vae"),
+        (f"unet.controlnet.{UNET}", "controlnet"),
+        (f"base_model.model.unet.foo.{UNET}", "foo"),
+        (f"transformer.foo.{FLUX}", "foo"),
+        (f"transformer.unet_2.{FLUX}", "unet_2"),
+        (f"transformer.foo.{Z_IMAGE}", "foo"),
+        (f"lycoris.transformer.foo.{FLUX}", "foo"),
+        (f"text_encoder.foo.{CLIP}", "foo"),
+        (f"text_encoder_2.clip_g.{CLIP}", "clip_g"),
+        (f"text_encoder_3.foo.{T5}", "foo"),
+        (f"text_encoder.foo.{QWEN}", "foo.model"),
+        (f"lora_te1.foo.{CLIP}", "foo"),
+    ],
+)
+def test_an_unknown_container_inside_a_component_is_an_error_by_name(name, container):
+    with pytest.raises(FormatError, match=rf"'{re.escape(name)}' has '{re.escape(container)}' before '"):
+        from_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet.down_blocks.0.foo.attentions.0.transformer_blocks.0.attn1.to_q",
+        "unet.down_blocks.0.attentions.0.foo.transformer_blocks.0.attn1.to_q",
+        "unet.mid_block.foo.0.conv1",
+        "unet.foo.conv1",
+        "unet.foo_mid_block_attentions_0_proj_in",
+        "lora_unet_foo_mid_block_attentions_0_proj_in",
+        "lora_te1_foo_text_model_encoder_layers_0_mlp_fc1",
+    ],
+)
+def test_unknown_words_within_a_name_are_errors(name):
+    with pytest.raises(FormatError, match=r"cannot be read|Nothing in the layer names|does not begin with"):
+        from_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"text_encoder.{QWEN}",
+        f"text_encoder.model.language_model.{QWEN.removeprefix('model.')}",
+        "text_encoder.model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj",
+        f"text_encoder_3.{T5}",
+        "text_encoder.model.visual.blocks.0.attn.qkv",
+        "transformer.distilled_guidance_layer.layers.0.linear_1",
+        "transformer.context_embedder.token_refiner.refiner_blocks.0.attn.to_q",
+        "transformer.outer.0.transformer_blocks.0.attn.to_q",
+        "unet.down_blocks.1.motion_modules.0.transformer_blocks.0.attn1.to_q",
+        "unet.down_blocks.1.temp_attentions.0.transformer_blocks.0.attn1.to_q",
+        "unet.mid_block.attentions.0.to_q",
+        "unet.encoder_hid_proj.image_projection_layers.0.proj",
+        "unet.transformer_in.transformer_blocks.0.attn1.to_q",
+    ],
+)
+def test_names_of_models_that_are_not_known_stay_as_they_are(name):
+    assert ".".join(from_name(name)) == name
 
 
 DIFFUSERS = {

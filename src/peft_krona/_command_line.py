@@ -181,6 +181,8 @@ def describe(error: BaseException) -> str:
     """One line for an error that nobody expected here, with what to do about it."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped"
+    while isinstance(error, ImportError) and isinstance(error.__cause__, ImportError):
+        error = error.__cause__  # transformers and diffusers import lazily, and name what they were about to do
     first = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, ImportError):
         package = (error.name or "").partition(".")[0]

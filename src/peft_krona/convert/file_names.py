@@ -9,13 +9,13 @@ names are looked up among the model's layers where these are known.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 
 from ..errors import FormatError
 from .families import Family, Target, families
 from .names import flatten, to_file_name
-from .unet_names import TOP_NAMES, ldm_to_diffusers
+from .unet_names import TOP_NAMES, is_unet_layer, ldm_to_diffusers
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # {component: {module: (out, in, *kernel)}}
 
@@ -329,15 +329,63 @@ def _target(
             module = rest if "." in rest else unflatten(rest)
             if module is None or not (checked or _is_plausible(name, module)):
                 raise _unknown(name, rest)
+            if not checked:
+                _check_containers(name, module, _is_transformer_block)
             target = Target(component, (module,))
     elif component == "unet":
-        target = Target(component, (_unet_module(name, rest, layers_per_block),))
+        module = _unet_module(name, rest, layers_per_block)
+        if not (checked or is_unet_layer(module)):
+            _check_containers(name, module, is_unet_layer)
+            raise _unknown(name, rest)
+        target = Target(component, (module,))
     else:
         module = rest if "." in rest or rest == "text_projection" else unflatten(rest)
         if module is None:
             raise _unknown(name, rest)
+        if not checked:
+            _check_containers(name, module, _is_text_block)
         target = Target(component, (to_file_name(component, module),))
     return _parts_of_fused(target)
+
+
+def _check_containers(name: str, module: str, is_layer: Callable[[str], bool]) -> None:
+    """Refuse a name in which something unknown stands before a layer's whole name.
+
+    Args:
+        is_layer: whether a dotted name is that of a layer in a numbered block of a known model.
+
+    Raises:
+        FormatError: names what stands there.
+    """
+    words = module.split(".")
+    for n in range(1, len(words)):
+        before, layer = words[:n], ".".join(words[n:])
+        if words[n - 1].isdigit():
+            return  # blocks in blocks, of a model that is not known here
+        if is_layer(layer) and not set(before) <= _TEXT_CONTAINERS:
+            raise FormatError(
+                f"The layer name '{name}' has '{'.'.join(before)}' before '{layer}': no part of a pipeline, and no "
+                "wrapper, that is known here. Take it out of the file's keys, or give the base model's folder "
+                "(base_model), or its layers' shapes, among which the name is looked up."
+            )
+
+
+_TEXT_CONTAINERS = {
+    *("model", "language_model", "text_model", "text_encoder", "vision_model", "vision_tower", "visual", "transformer"),
+    *("encoder", "decoder", "thinker", "gpt_neox"),
+}
+_TEXT_BLOCK = re.compile(
+    r"^(?:text_model\.)?(?:encoder\.)?layers\.\d+\.(?:self_attn|mlp|layer_norm)|^encoder\.block\.\d+\.layer\."
+)
+
+
+def _is_text_block(module: str) -> bool:
+    return bool(_TEXT_BLOCK.match(module))
+
+
+def _is_transformer_block(module: str) -> bool:
+    numbered = re.match(r"^\w+\.\d+\.", module) is not None
+    return is_unet_layer(module) or (numbered and any(family.target(module) for family in families().values()))
 
 
 def _is_plausible(name: str, module: str) -> bool:

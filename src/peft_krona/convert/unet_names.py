@@ -76,6 +76,28 @@ _LDM_BLOCK = re.compile(
 )
 
 
+# What diffusers' UNets (of images and of videos, with the parts that adapters add to them) have outside of their
+# blocks, and in them; in an attention, its transformer blocks come at once.
+_TOPS = re.compile(
+    r"^(?:conv_in|conv_out|conv_norm_out|time_proj|time_embedding|class_embedding|add_time_proj|add_embedding"
+    r"|encoder_hid_proj|position_net|transformer_in)(?:\.|$)"
+)
+_IN_BLOCKS = re.compile(
+    r"^(?:(?:down|up)_blocks\.\d+|mid_block)"
+    r"\.(?:resnets|attentions|downsamplers|upsamplers|motion_modules|temp_attentions|temp_convs)\.\d+"
+    r"\.(?:transformer_blocks\.\d+\.|(?!.*transformer_blocks\.)).+$"
+)
+
+
+def is_unet_layer(module: str) -> bool:
+    """Whether a dotted name is built as those of diffusers' UNets are.
+
+    >>> [is_unet_layer(f"{start}mid_block.attentions.0.proj_in") for start in ("", "foo.")]
+    [True, False]
+    """
+    return bool(_TOPS.match(module) or _IN_BLOCKS.match(module))
+
+
 def diffusers_to_ldm(module: str, base: UNetNames) -> str:
     """A UNet layer's name in the original (LDM, for SDXL: SGM) code.
 
@@ -195,4 +217,8 @@ def to_kohya_name(component: str, module: str, base: UNetNames) -> str:
         )
     if component == "unet" and base.style == "ldm":
         module = diffusers_to_ldm(module, base)
+    elif component == "unet" and not is_unet_layer(module):
+        raise FormatError(
+            f"unet.{module}: this is no layer of a UNet, as far as its name tells, so no tool would find it."
+        )
     return prefixes[component] + flatten(to_file_name(component, module))
