@@ -62,11 +62,13 @@ SHAPES = tuple(dict.fromkeys([*FACTORS, *TERMS, *WIDTHS, *DEEP]))
 
 
 class Scheme(NamedTuple):
-    """Standard deviation of A's and of B's entries at the start, and s; each a function of the shape."""
+    """Standard deviation of A's and of B's entries at the start, and s, each a function of the shape; the ratio of B's
+    learning rate to A's."""
 
     std_a: Callable[[Shape], float]
     std_b: Callable[[Shape], float]
     s: Callable[[Shape], float]
+    ratio: float = 1.0
 
 
 def zero(_: Shape) -> float:
@@ -105,6 +107,10 @@ SCHEMES: dict[str, Scheme] = {
     "width": Scheme(lambda c: 1 / c.a_out, zero, lambda c: math.sqrt(1280 / c.width)),
     "width, a_out": Scheme(lambda c: 1 / c.a_out, zero, lambda c: math.sqrt(1280 / c.width * 64 / c.a_out)),
     "balanced": Scheme(balanced, zero, lambda c: 1280 / (c.r * c.width)),
+    **{
+        f"alpha, ratio {name}": Scheme(lambda c: 1 / c.a_out, zero, lambda c: 1.0, ratio)
+        for name, ratio in (("1/4", 0.25), ("4", 4.0), ("16", 16.0))
+    },
 }
 
 
@@ -135,7 +141,7 @@ def losses(shape: Shape, scheme: Scheme, seed: int, steps: int, tokens: int) -> 
         B.append(right.expand(n, *right.shape).clone().requires_grad_())
     s, rates = scheme.s(shape), torch.tensor(RATES)
     parameters = [*A, *B]
-    optimizer = Adam(parameters, rates)
+    optimizer = Adam(parameters, [rates] * len(A) + [rates * scheme.ratio] * len(B))
     history = []
     for _ in range(steps):
         x = torch.randn(tokens, w, generator=generator) @ mix
@@ -180,9 +186,9 @@ def product(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
 
 
 class Adam:
-    """Adam (0.9, 0.999) on parameters whose first dimension has a learning rate of its own."""
+    """Adam (0.9, 0.999) on parameters whose first dimension is that of their learning rates."""
 
-    def __init__(self, parameters: list[torch.Tensor], rates: torch.Tensor) -> None:
+    def __init__(self, parameters: list[torch.Tensor], rates: list[torch.Tensor]) -> None:
         self.parameters, self.rates, self.t = parameters, rates, 0
         self.m = [torch.zeros_like(p) for p in parameters]
         self.v = [torch.zeros_like(p) for p in parameters]
@@ -190,11 +196,11 @@ class Adam:
     @torch.no_grad()
     def step(self, gradients: tuple[torch.Tensor, ...]) -> None:
         self.t += 1
-        for p, g, m, v in zip(self.parameters, gradients, self.m, self.v, strict=True):
+        for p, g, m, v, rates in zip(self.parameters, gradients, self.m, self.v, self.rates, strict=True):
             m.lerp_(g, 0.1)
             v.lerp_(g.square(), 0.001)
             update = (m / (1 - 0.9**self.t)) / ((v / (1 - 0.999**self.t)).sqrt() + 1e-8)
-            p.sub_(update * self.rates.view(-1, *[1] * (p.ndim - 1)))
+            p.sub_(update * rates.view(-1, *[1] * (p.ndim - 1)))
 
 
 def cases(shapes: tuple[Shape, ...], schemes: list[str]) -> Iterator[tuple[Shape, str, int]]:
@@ -228,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     same: dict[tuple[Any, ...], list[float]] = {}  # with r = 1, some schemes are one
     for shape, scheme, seed in tqdm(todo, leave=False):
         start = time.perf_counter()
-        key = (shape, seed, *(f(shape) for f in SCHEMES[scheme]))
+        key = (shape, seed, *(f(shape) for f in SCHEMES[scheme][:3]), SCHEMES[scheme].ratio)
         found = same[key] = same.get(key) or losses(shape, SCHEMES[scheme], seed, args.steps, args.tokens)
         row = {"shape": list(shape), "scheme": scheme, "seed": seed}
         row["losses"] = [round(v, 5) if math.isfinite(v) else None for v in found]
@@ -299,11 +305,11 @@ def exponents(of: dict[Shape, list[float]], layers: int) -> dict[str, float]:
 
 
 def table(found: Curves) -> str:
-    """Markdown: how far the best rates lie apart, what one rate for all of them loses, and what they depend on."""
+    """Markdown: what the best rates gain, how far they lie apart, what one rate for all loses, what they depend on."""
     lines = [
-        "| scheme | best rates | apart | lost at one rate: mean | worst | exponents, 1 layer: width, a_out, a_in, r "
-        "| 3 layers |",
-        "|---|---|---:|---:|---:|---|---|",
+        "| scheme | gain | best rates | apart | lost at one rate: mean | worst "
+        "| exponents, 1 layer: width, a_out, a_in, r | 3 layers |",
+        "|---|---:|---|---:|---:|---:|---|---|",
     ]
     for name, of in found.items():
         rates = [best(losses_of) for losses_of in of.values()]
@@ -312,9 +318,10 @@ def table(found: Curves) -> str:
         mean, worst = sum(share[at] for share in shares) / len(shares), max(share[at] for share in shares)
         there = {shape.layers for shape in of}
         fits = [_signed(exponents(of, layers)) if layers in there else "-" for layers in (1, 3)]
+        gain = 1 - sum(min(losses_of) for losses_of in of.values()) / len(of)
         lines.append(
-            f"| {name} | {2 ** min(rates):.1e} to {2 ** max(rates):.1e} | x {2 ** (max(rates) - min(rates)):.1f} "
-            f"| {mean:.1%} | {worst:.1%} | {fits[0]} | {fits[1]} |"
+            f"| {name} | {gain:.3f} | {2 ** min(rates):.1e} to {2 ** max(rates):.1e} "
+            f"| x {2 ** (max(rates) - min(rates)):.1f} | {mean:.1%} | {worst:.1%} | {fits[0]} | {fits[1]} |"
         )
     return "\n".join(lines)
 

@@ -52,7 +52,7 @@ def test_adam_is_torch_s():
     p = torch.randn(2, 3, 4, dtype=torch.float64)
     own, theirs = p.clone(), [row.clone().requires_grad_() for row in p]
     rates = torch.tensor([0.1, 0.01], dtype=torch.float64)
-    mine = sweep.Adam([own], rates)
+    mine = sweep.Adam([own], [rates])
     optimizers = [torch.optim.Adam([row], lr=rate.item()) for row, rate in zip(theirs, rates, strict=True)]
     for _ in range(4):
         gradient = torch.randn_like(p)
@@ -109,5 +109,5 @@ def test_the_table_of_the_docs_is_that_of_the_file():
     page = (ROOT / "docs" / "math.md").read_text()
     assert len(rows) == len(SCHEMES)
     for row in rows:
-        name, rates, apart, mean, worst, one, three = (cell.strip() for cell in row.strip("|").split("|"))
-        assert f"| {rates} | {apart} | {mean}, {worst} | {one} | {three} |" in page, name
+        name, gain, rates, apart, mean, worst, one, three = (cell.strip() for cell in row.strip("|").split("|"))
+        assert f"| {gain} | {rates} | {apart} | {mean}, {worst} | {one} | {three} |" in page, name
