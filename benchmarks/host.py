@@ -81,7 +81,9 @@ def _one_case(case: cases.HostCase, args: argparse.Namespace) -> list[Row]:
         steps["forward"][name] = on_backend(backend_of(name), _forward(model, x))
         steps["training"][name] = on_backend(backend_of(name), _training(model, x, dy))
     for kind, of_kind in steps.items():
-        times = interleaved(of_kind, args.repetitions, args.device, f"{case.name} {kind}", timed=host_seconds)
+        # what is added to large products is a small difference of large numbers
+        repetitions = args.repetitions if case.layers > 8 else 2 * args.repetitions
+        times = interleaved(of_kind, repetitions, args.device, f"{case.name} {kind}", timed=host_seconds)
         times = {name: [seconds / case.layers for seconds in values] for name, values in times.items()}
         lora = median_added(times[LORA], times["frozen"])
         for name, row in rows.items():

@@ -24,6 +24,8 @@ def describe(result: dict[str, Any]) -> str:
         f"{environment['commit']}; memory copies at {result['copy_bytes_per_second'] / 1e9:.1f} GB/s; medians of "
         f"{result['repetitions']} interleaved repetitions."
     )
+    if result.get("clock") == "cpu":
+        line += " Times are CPU seconds of the process, not seconds on the wall."
     if result.get("lycoris_kernels"):
         line += f" LyCORIS computes its bypass mode with: {result['lycoris_kernels']}."
     if not result.get("complete", True):

@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         "repetitions": args.repetitions,
         "steps": args.steps,
         "compile": args.compile,
+        "clock": "cpu" if args.device == "cpu" and args.suite in ("host", "unet", "inference") else "wall",
         "environment": environment(args.device),
         "copy_bytes_per_second": args.copy_bytes_per_second,
         "complete": False,

@@ -111,6 +111,29 @@ def test_unets(tmp_path, capsys, suite):
     assert text.count(" | 1 | on | no | ") == (len(names) if suite == "unet" else 0)
 
 
+def test_a_denoising_step_is_warm_before_it_is_timed(tmp_path, monkeypatch):
+    """A merge leaves new weights behind, and the first steps with them are slow."""
+    log = []
+    real = unets._forward_step
+
+    def counted(model, inputs):
+        step = real(model, inputs)
+        return lambda: (log.append("step"), step())
+
+    def timed(step, device):
+        log.append("timed")
+        step()
+        return 1.0
+
+    monkeypatch.setattr(unets, "_forward_step", counted)
+    monkeypatch.setattr(unets, "clock", lambda device: timed)
+    arguments = ["--suite", "inference", "--only", "plain", "--steps", 1, "--providers", "KronA (8,2), merged"]
+    result = measured(tmp_path / "r.json", *arguments)
+    assert result["clock"] == "cpu" and {row["provider"] for row in result["rows"]} == {"frozen", "KronA (8,2), merged"}
+    for turn in " ".join(log).split("timed step timed step timed step")[:-1]:
+        assert turn.split().count("step") >= unets.WARM_UP and "timed" not in turn
+
+
 def test_qkv(tmp_path, capsys):
     result = measured(tmp_path / "r.json", "--suite", "qkv")
     assert [row["provider"] for row in result["rows"]] == ["frozen", "one by one", "together"]
