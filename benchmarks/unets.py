@@ -83,8 +83,13 @@ def _one_unet(unet_name: str, args: argparse.Namespace, kind: str) -> Iterator[l
     config, sizes = cases.UNETS[unet_name]
     size = sizes[args.device == "cuda"]
     torch.manual_seed(0)
-    with torch.device(args.device):
-        unet = UNet2DConditionModel(**config)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(args.dtype)  # SDXL's would be 10 GiB in fp32 before it was cast
+    try:
+        with torch.device(args.device):
+            unet = UNet2DConditionModel(**config)
+    finally:
+        torch.set_default_dtype(before)
     unet.to(args.dtype).requires_grad_(False)
     if args.compile:  # the blocks in _repeated_blocks, which are the transformer blocks; it lasts over the swaps
         unet.compile_repeated_blocks(backend=args.compile, dynamic=False)
