@@ -15,6 +15,7 @@
 #   qkv            25 s
 #   variants       20 s
 #   scaling        45 s
+#   host           25 s
 #   inference      60 s, if that much is left
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -60,12 +61,19 @@ part 120 unet-compiled-cuda --suite unet --only SDXL --repetitions 1 --steps 10 
 part 40 qkv-cuda --suite qkv --repetitions 25
 part 30 variants-cuda --suite variants
 part 60 scaling-cuda --suite scaling --repetitions 15
+part 40 host-cuda --suite host
 part 90 inference-cuda --suite inference --only SDXL --repetitions 1 --steps 5 \
     --providers "$lora" "${krona[@]}" "KronA (64,4), merged"
 
 "$python" -m benchmarks.report "$out"/*-cuda.json | tee "$out/cuda.md"
+echo
+echo "The numbers lie in $(cd "$out" && pwd):"
+for file in "$out"/*-cuda.json; do [[ -e $file ]] && echo "  ${file##*/}"; done
+echo "  cuda.md: the tables above"
+echo "Nothing has been measured on this kind of GPU yet? Then please send them: as a pull request with these files in"
+echo "benchmarks/results/, or attached to an issue. They hold the GPU's name, versions and times, nothing else of yours."
 if ((${#unfinished[@]})); then
-    echo "Not finished: ${unfinished[*]}"
+    echo "Not finished: ${unfinished[*]}. What they measured before is in their files; send it too."
     exit 1
 fi
 echo "All parts finished after $SECONDS s."

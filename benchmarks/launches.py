@@ -38,7 +38,16 @@ PROVIDERS: dict[str, Callable[[nn.Linear, int, int], nn.Module]] = {
 }
 # The kernels' arguments that are written; all other tensors are read.
 WRITTEN = {"forward_kernel": (4, 5), "backward_kernel": (5, 6, 7), "sum_kernel": (1, 2)}
-_NO_LAUNCH = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view", "promote_types")
+_NO_LAUNCH = (
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "detach",
+    "_unsafe_view",
+    "promote_types",
+)
 
 
 class Count(NamedTuple):

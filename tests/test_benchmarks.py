@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, layers, measure, providers, report, run, unets
+from benchmarks import cases, launches, layers, measure, providers, report, run, unets
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -345,12 +345,13 @@ def test_gpu_script_has_commands_that_parse(tmp_path, monkeypatch):
     monkeypatch.undo()  # the real cases
     done, calls = gpu_script(tmp_path, "exit 0")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"The numbers lie in {tmp_path / 'out'}:" in done.stdout and "please send them" in done.stdout
     *runs, tables = calls
     assert tables[0] == "benchmarks.report"
     suites = [run.parse(call[1:]) for call in runs]
     assert [(a.suite, a.compile) for a in suites] == [
         ("layer", None), ("unet", None), ("unet", "inductor"), ("qkv", None), ("variants", None), ("scaling", None),
-        ("inference", None),
+        ("host", None), ("inference", None),
     ]  # fmt: skip
     assert all(a.device == "cuda" and a.dtype == "bfloat16" for a in suites)
     assert suites[1].batch == [1, 4] and suites[1].gradient_checkpointing == ["off", "on"]
@@ -358,11 +359,53 @@ def test_gpu_script_has_commands_that_parse(tmp_path, monkeypatch):
 
 def test_gpu_script_goes_on_after_a_part_that_was_cut_off(tmp_path):
     done, calls = gpu_script(tmp_path, 'case "$*" in *--compile*) exit 124;; *) exit 0;; esac')
-    assert done.returncode == 1 and "Not finished: unet-compiled-cuda\n" in done.stdout
-    assert len(calls) == 8 and calls[-1][0] == "benchmarks.report"
+    assert done.returncode == 1 and "Not finished: unet-compiled-cuda. " in done.stdout
+    assert len(calls) == 9 and calls[-1][0] == "benchmarks.report"
 
 
 def test_gpu_script_ends_in_time(tmp_path):
     done, calls = gpu_script(tmp_path, 'case "$*" in *benchmarks.run*) sleep 100;; esac', LIMIT="2")
     assert done.returncode == 1 and "layer-cuda: ended with status 124" in done.stdout
-    assert len(calls) == 2 and calls[-1][0] == "benchmarks.report" and done.stdout.count("no time left") == 6
+    assert len(calls) == 2 and calls[-1][0] == "benchmarks.report" and done.stdout.count("no time left") == 7
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+
+def test_launches_and_bytes_are_those_of_the_ops(capsys):
+    """By hand, for x (6, 8) to (6, 12) in bf16 with factors (4, 2) in fp32, of which B is (3, 4)."""
+    case = cases.LinearCase("hand", 6, 8, 12)
+    x, y, W, bias, h, A, B = 6 * 8, 6 * 12, 8 * 12, 12, 6 * 2 * 3, 4 * 2, 3 * 4
+    frozen = launches.count("frozen", case, (4, 2), torch.bfloat16)
+    assert frozen["forward"][0] == (1, 2 * (x + W + bias + y))
+    assert frozen["training"][0] == (2, 2 * (x + W + bias + y) + 2 * (y + W + x))
+
+    (_, forward), (_, training) = (launches.count("KronA", case, (4, 2), torch.bfloat16)[kind] for kind in frozen)
+    names = [name.removeprefix("aten.") for name, _ in forward]
+    assert names[:3] == ["addmm.default", "_to_copy.default", "_to_copy.default"]
+    assert [moved for _, moved in forward[1:3]] == [(4 + 2) * A, (4 + 2) * B], "the factors are cast"
+    assert ("aten.mm.default", 2 * (x + B + h)) in forward, "x times B"
+    assert forward == training[: len(forward)] and training[-2:] != forward[-2:]
+    added = {name for name, _ in training} - {name for name, _ in forward}
+    assert not [name for name in added if "add.Tensor" in name], "the frozen layer's product adds to dX"
+
+    lora = launches.count("PEFT LoRA r=4", case, (4, 2), torch.bfloat16)
+    assert lora["training"][0].moved > sum(moved for _, moved in training)
+    text = launches.table([case], (4, 2), torch.bfloat16)
+    assert text.count("| hand: 6 x 8 to 12 |") == len(launches.providers())
+
+
+def test_launches_of_the_kernels():
+    pytest.importorskip("triton")
+    case = cases.LinearCase("hand", 64, 64, 128)
+    counted = launches.count("KronA, triton", case, (8, 4), torch.bfloat16)
+    (_, forward), (_, training) = counted["forward"], counted["training"]
+    assert [name for name, _ in forward] == ["aten.addmm.default", "forward_kernel"]
+    assert [name for name, _ in training][2:] == ["aten.mm.default", "backward_kernel", "sum_kernel"]
+    x, y, h, A, B = 64 * 64, 64 * 128, 64 * 4 * 16, 8 * 4, 16 * 16
+    assert forward[1][1] == 2 * (x + y + y + h) + 4 * (A + B), "x, base and the factors are read, y and h written"
+
+
+def test_an_expanded_dimension_is_in_memory_once():
+    assert launches.distinct_bytes(torch.empty(3, 1, 2).expand(3, 5, 2)) == 3 * 2 * 4
+    assert launches.distinct_bytes(torch.empty(0, 4)) == 0
