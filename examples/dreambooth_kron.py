@@ -176,8 +176,8 @@ def main(args: Any) -> dict[str, Any]:
         dataset, args.train_batch_size, accelerator.process_index, accelerator.num_processes, args.repeats, args.seed
     )
 
-    quantized.prepare(base, device, weight_dtype)
     resting = torch.device("cpu") if args.offload else device
+    quantized.prepare(base, resting, weight_dtype)
     pipe.vae.requires_grad_(False).to(resting)  # stays in fp32: half precision makes NaN with SDXL's VAE
     trained_text = family.trained_text if args.train_text_encoder else ()
     for part, encoder in encoders.items():
@@ -199,7 +199,14 @@ def main(args: Any) -> dict[str, Any]:
                 lambda x: tqdm(x, desc="Latents", disable=not accelerator.is_local_main_process),
                 DiskCache(folder, [pipe.vae], family.title) if folder else None,
             )
+    if not args.validation_prompt:  # nothing asks for these again: the final images are of a pipeline of their own
+        unused = ([] if args.train_text_encoder else list(encoders)) + ["vae"] * args.cache_latents
+        for part in unused:
+            encoders.pop(part, None)
+            setattr(pipe, part, None)
     free_memory()
+    if not quantized.is_quantized(base):
+        base.to(device)  # after the encoders' turn, so that the two need not be there at once
 
     # -- adapter -------------------------------------------------------------------------------------------------------
     set_seed(args.seed)  # the same start, whether or not class images were made just now

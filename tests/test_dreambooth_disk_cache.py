@@ -49,7 +49,8 @@ def test_the_same_training_and_nothing_encoded_twice(run, tmp_path, monkeypatch,
     whole, disk = run("memory"), tmp_path / "cache"
     counted = [line for line in capsys.readouterr().out.splitlines() if "latents" in line]
     first = run("first", "--cache_to_disk", disk)
-    assert counted and "latents 0." not in capsys.readouterr().out  # they are not in memory
+    assert len(counted) == 1 and "text_encoder" not in counted[0] and "vae" not in counted[0]  # nothing asks for them
+    assert "latents 0." in counted[0] and "latents 0." not in capsys.readouterr().out  # they are not in memory
     made = sorted(p.name for p in disk.iterdir())
     assert len(made) == 4 and not any(name.startswith(".tmp") for name in made)  # two prompts, two images
 

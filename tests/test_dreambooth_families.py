@@ -218,8 +218,14 @@ def test_the_loss_is_the_familys(pipeline, pictures, tmp_path, monkeypatch, kind
 @pytest.mark.parametrize(("kind", "more"), [*((kind, []) for kind in FLOW), ("sd3", [TEXT]), ("flux", [TEXT])])
 def test_training_resume_and_export(pipeline, pictures, tmp_path, monkeypatch, kind, more):
     """Two updates change the adapter alone, all of it; a resumed run is the same; diffusers draws the same."""
-    loaded, load = [], evaluate.load_pipeline
-    monkeypatch.setattr(evaluate, "load_pipeline", lambda *a, **kw: loaded.append(load(*a, **kw)) or loaded[-1])
+    loaded, parts, load = [], [], evaluate.load_pipeline
+
+    def load_and_keep(*args, **more):  # also what the training lets go of when it needs it no longer
+        loaded.append(load(*args, **more))
+        parts.append(dict(loaded[-1].components))
+        return loaded[-1]
+
+    monkeypatch.setattr(evaluate, "load_pipeline", load_and_keep)
     out = tmp_path / "dog"
     more = ["--checkpointing_steps", 1, "--learning_rate", 0.1, *more]
     train(kind, pipeline, pictures, out, "--export", "lora", *more)
@@ -234,7 +240,7 @@ def test_training_resume_and_export(pipeline, pictures, tmp_path, monkeypatch, k
     before = DiffusionPipeline.from_pretrained(pipeline(kind))
     for name, part in before.components.items():
         if isinstance(part, torch.nn.Module):
-            now = {k.replace(".base_layer", ""): v for k, v in getattr(loaded[0], name).state_dict().items()}
+            now = {k.replace(".base_layer", ""): v for k, v in parts[0][name].state_dict().items()}
             assert all(torch.equal(v, now[k]) for k, v in part.state_dict().items()), name
     assert not trained.keys() & before.transformer.state_dict().keys()
 
