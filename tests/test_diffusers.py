@@ -573,3 +573,17 @@ print("fine")
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert result.stdout.strip() == "fine", result.stderr
+
+
+def test_an_older_diffusers_is_left_usable(caplog):
+    """0.35 has no `_save_lora_weights`; a KeyError there took down `import diffusers` for everyone."""
+
+    class LoraBaseMixin:
+        def set_lora_device(self):
+            return "as ever"
+
+    _diffusers._wrap(LoraBaseMixin, "_save_lora_weights", lambda original: None)
+    assert not hasattr(LoraBaseMixin, "_save_lora_weights") and LoraBaseMixin().set_lora_device() == "as ever"
+    assert re.search(
+        r"diffusers [\d.]+ has no LoraBaseMixin._save_lora_weights.* Install diffusers >= 0.40", caplog.text
+    )

@@ -99,8 +99,20 @@ def _patches(name: str) -> list[Callable[[ModuleType], None]]:
 
 
 def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
-    """Replace a method that `owner` defines itself by make(original); class and static methods stay what they are."""
-    descriptor = owner.__dict__[name]
+    """Replace a method that `owner` defines itself by make(original); class and static methods stay what they are.
+
+    A diffusers without that method is left usable, with a warning.
+    """
+    descriptor = owner.__dict__.get(name)
+    if descriptor is None:
+        logger.warning(
+            "diffusers %s has no %s.%s, so that it knows KronA in part only. Install diffusers >= 0.40, or load and "
+            "save with load_krona_weights and save_krona_weights.",
+            getattr(sys.modules.get("diffusers"), "__version__", ""),
+            owner.__name__,
+            name,
+        )
+        return
     original = descriptor.__func__ if isinstance(descriptor, (classmethod, staticmethod)) else descriptor
     wrapper = functools.wraps(original)(make(original))
     kind = type(descriptor) if descriptor is not original else (lambda function: function)

@@ -105,7 +105,10 @@ def find_configs(source: str, **hub: Any) -> Path:
 
 def _snapshot(source: str, patterns: list[str], **options: Any) -> Path:
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns, **options))
+        try:
+            return Path(snapshot_download(source, allow_patterns=patterns, **options))
+        except OfflineModeIsEnabled:  # huggingface_hub 1.33 asks for the list of files of a commit that it has
+            return Path(snapshot_download(source, allow_patterns=patterns, **{**options, "local_files_only": True}))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise FormatError(
             f"{source} is not on disk, and not in the cache of the Hugging Face Hub, which cannot be reached"
