@@ -68,9 +68,11 @@ def load_pipeline(
         kwargs["variant"] = variant
     if "safety_checker" in index:
         kwargs |= {"safety_checker": None, "requires_safety_checker": False}
+    # what was left out on purpose, T5 of SD3 for one, has to be so again
+    kwargs |= {name: None for name, part in index.items() if isinstance(part, list) and not any(part)}
     try:
         if quantize is not None:
-            encoders = [name for name in family.components if name.startswith("text_encoder")]
+            encoders = [name for name, part in index.items() if name.startswith("text_encoder") and any(part)]
             kwargs["quantization_config"] = quantize(family.denoiser, encoders)
         # at once in its dtype: a large model would not fit in another one
         kwargs[DTYPE] = {"default": dtype, "vae": vae_dtype or dtype}

@@ -48,7 +48,10 @@ class StableDiffusion3(Family):
     def encode(self, encoders: Sequence[nn.Module], text: Text) -> Text:
         outputs = [encoder(i, output_hidden_states=True) for encoder, i in zip(encoders, text["ids"], strict=True)]
         clip = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        t5 = text["hidden"][:, clip.shape[1] :].to(clip.dtype)
+        if "hidden" in text:
+            t5 = text["hidden"][:, clip.shape[1] :].to(clip.dtype)
+        else:  # there is none: as the pipeline does without it
+            t5 = clip.new_zeros(len(clip), self.max_sequence_length, self.model.config.joint_attention_dim)
         hidden = torch.cat([pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], dim=1)
         return {"hidden": hidden, "pooled": torch.cat([output[0] for output in outputs], dim=-1)}
 
