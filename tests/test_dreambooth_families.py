@@ -548,6 +548,25 @@ def test_flags_without_effect_in_a_family(name, more, said):
     assert found.startswith(said) and bool(found) == bool(said), found
 
 
+@pytest.mark.parametrize(
+    ("name", "few_steps", "guidance", "expected"),
+    [
+        ("StableDiffusion", False, None, {"guidance_scale": 7.0}),
+        ("Flux", False, 2.0, {"guidance_scale": 2.0, "max_sequence_length": 512}),
+        ("Flux2Klein", False, None, {"guidance_scale": 4.0, "max_sequence_length": 512}),
+        ("Flux2Klein", True, None, {"guidance_scale": 1.0, "max_sequence_length": 512}),
+        ("Flux2Klein", True, 3.0, {"guidance_scale": 3.0, "max_sequence_length": 512}),
+        ("Krea2", True, None, {"guidance_scale": 0.0, "max_sequence_length": 512}),
+        ("QwenImage", False, 2.0, {"true_cfg_scale": 2.0, "negative_prompt": " ", "max_sequence_length": 1024}),
+    ],
+)
+def test_guidance_of_pictures(name, few_steps, guidance, expected):
+    family = families.known()[f"{name}Pipeline"](SimpleNamespace(config={"is_distilled": few_steps}))
+    assert family.sampling(guidance) == expected
+    if name == "Krea2":
+        assert family.shift(64, 64) == 1.15  # as the pipeline has it then, whatever the size
+
+
 @pytest.mark.parametrize("kind", FLOW)
 def test_long_prompts_are_named(pipeline, kind):
     pipe, said = DiffusionPipeline.from_pretrained(pipeline(kind)), []

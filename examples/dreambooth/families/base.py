@@ -24,7 +24,7 @@ class Family:
         sequence: (usual, largest) --max_sequence_length; None if the text encoders have a fixed length.
         spare: whether layers are adapted whose result the model drops, so that they have no gradient.
         trained_text: the text encoders that --train_text_encoder adapts. prompts_at_once: so many are encoded together.
-        guidance: the default of --validation_guidance_scale.
+        guidance, guidance_of_few_steps: the default of --validation_guidance_scale; if distilled to few steps.
         negative: whether the pipeline has a use for a negative prompt. tags: for the model card.
     """
 
@@ -40,6 +40,7 @@ class Family:
     trained_text: tuple[str, ...] = ()
     prompts_at_once = 1
     guidance = 4.0
+    guidance_of_few_steps = 1.0
     negative = True
     tags: tuple[str, ...] = ()
 
@@ -155,7 +156,12 @@ class Family:
     def sampling(self, guidance: float | None) -> dict[str, Any]:
         """The pipeline's arguments for this guidance; None: the usual one."""
         length = {"max_sequence_length": self.max_sequence_length} if self.sequence else {}
-        return {"guidance_scale": self.guidance if guidance is None else guidance} | length
+        usual = self.guidance_of_few_steps if self.few_steps() else self.guidance
+        return {"guidance_scale": usual if guidance is None else guidance} | length
+
+    def few_steps(self) -> bool:
+        """Whether the pipeline says that its model is distilled to few steps, without guidance."""
+        return bool(self.pipe.config.get("is_distilled"))
 
     # -- for the families --------------------------------------------------------------------------------------------
 

@@ -62,10 +62,6 @@ class Flux2Klein(Family):
         )[0]
         return velocity.transpose(1, 2).reshape(noisy.shape)
 
-    def sampling(self, guidance: float | None) -> dict[str, Any]:
-        fixed = 1.0 if guidance is None and self.pipe.config.get("is_distilled") else guidance
-        return super().sampling(fixed)
-
 
 class Flux2(Flux2Klein):
     title = "FLUX.2"

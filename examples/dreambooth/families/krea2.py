@@ -17,10 +17,14 @@ class Krea2(QwenImage):
     pipelines = ("Krea2Pipeline",)
     sequence = (512, 512)
     guidance = 4.5
+    guidance_of_few_steps = 0.0  # its scale 0 is others' 1
     tags = ("krea-2",)
 
     def resolution(self) -> int:
         return 1024  # the pipeline's; its config does not have it
+
+    def shift(self, height: int, width: int) -> float:
+        return 1.15 if self.few_steps() else super().shift(height, width)
 
     def windows(self) -> list[tuple[Any, int]]:
         return [(self.pipe.tokenizer, self.max_sequence_length - self.pipe.prompt_template_encode_num_suffix_tokens)]
