@@ -83,7 +83,7 @@ def changed(change):
     ("models", "settings", "key"),
     [
         ([changed(lambda m: m[0].weight[0, 0].add_(1e-3))], ("SD", 77), ("a dog",)),
-        ([changed(lambda m: m[0].bias[-1].add_(1e-3))], ("SD", 77), ("a dog",)),
+        ([changed(lambda m: m[0].weight[-1, -1].add_(1e-3))], ("SD", 77), ("a dog",)),
         ([changed(lambda m: m[1].running_mean.add_(1))], ("SD", 77), ("a dog",)),
         ([changed(lambda m: m.to(torch.bfloat16))], ("SD", 77), ("a dog",)),
         ([model(), model()], ("SD", 77), ("a dog",)),

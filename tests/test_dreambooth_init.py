@@ -102,6 +102,10 @@ def sources(tiny_sd, tmp_path_factory):
     save_krona_weights(pipe, folder / "krona")
     paths["krona"], made["krona"] = folder / "krona", read_adapter(folder / "krona")
 
+    strength = {k: v / 4 if k.endswith(".alpha") else v for k, v in load_file(paths["lora"]).items()}
+    paths["alpha"], made["alpha"] = folder / "alpha.safetensors", plain.scaled(0.25)
+    save_file(strength, paths["alpha"])
+
     dora = load_file(paths["lora"])
     dora |= {k.replace("lora_down.weight", "dora_scale"): torch.ones(1, 32) for k in dora if "lora_down" in k}
     save_file(dora, folder / "dora.safetensors")
@@ -141,6 +145,8 @@ def begin(tiny_sd, pictures, source, *more):
         ("lokr", ["--module_dropout", 0.5], {"a_out": 4, "a_in": 2, "module_dropout": 0.5}),
         ("lora", [], {"a_in": 1, "r": 16}),
         ("lora", ["--krona_a_out", 4, "--krona_a_in", 2, "--rank", 1], {"a_out": 4, "a_in": 2, "r": 1}),
+        ("alpha", ["--alpha", 0.25], {"a_in": 1, "r": 16, "alpha": 0.25}),
+        ("alpha", ["--krona_a_out", 4, "--krona_a_in", 2, "--rank", 1], {"a_out": 4, "a_in": 2, "alpha": 0.25}),
         ("terms", ["--krona_a_out", 4, "--krona_a_in", 2, "--rank", 3], {"a_out": 4, "a_in": 2, "r": 3}),
         ("lokr", ["--rank", 2], {"a_out": 4, "a_in": 2, "r": 2}),
         ("diffusekrona", [], {"a_out": 8, "a_in": 4, "layout": "diffusekrona"}),
@@ -152,6 +158,7 @@ def test_the_start_is_the_file(tiny_sd, pictures, tmp_path, sources, source, mor
     path, wanted = sources[source]
     pipe = begin(tiny_sd, pictures, path, *more)
     assert all(p.requires_grad == (".krona_" in name) for name, p in pipe.unet.named_parameters())
+    assert not pipe.unet.peft_config["default"].inference_mode
     save_krona_weights(pipe, tmp_path)
     config = json.loads((tmp_path / "unet" / "adapter_config.json").read_text())
     assert {name: config[name] for name in expected} == expected
