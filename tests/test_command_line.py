@@ -380,6 +380,58 @@ def test_the_base_that_the_adapter_names_is_taken_and_said(name, made, here, cap
     assert "no weight for text_encoder." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("inside", ["", "checkpoint-1/"])
+def test_a_base_that_is_named_from_the_adapters_folder(inside, made, here, monkeypatch, capsys):
+    """As the training script writes it; and without a word of where on this machine it is."""
+    out = here / "runs" / "mine" / inside
+    copy_of_the_adapter(made, out, "../../pipe")
+    monkeypatch.chdir(here / "runs")
+    assert main(["convert", f"mine/{inside}", "out"]) == 0
+    assert "pipe, as the adapter says (base_model_name_or_path): a UNet of another" in capsys.readouterr().out
+
+
+def test_a_saved_adapter_names_its_base(here, capsys):
+    """Of a UNet alone: diffusers keeps the path, under another name than transformers does."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained("pipe")
+    peft_krona.add_krona(pipe, peft_krona.KronAConfig(a_out=4, a_in=2, init_weights=False))
+    peft_krona.save_krona_weights(pipe, "saved")
+    assert json.loads((here / "saved/unet/adapter_config.json").read_text())["base_model_name_or_path"] == "pipe/unet"
+    assert main(["inspect", "saved"]) == 0
+    assert "base: pipe, as the adapter says" in capsys.readouterr().out
+    assert main(["convert", "saved", "out"]) == 0
+    assert "base: pipe, as the adapter says" in capsys.readouterr().out
+
+
+def test_a_file_names_its_base_too(made, here, capsys):
+    copy_of_the_adapter(made, here / "said", "pipe")
+    assert main(["convert", "said", "out"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "out.safetensors"]) == 0
+    assert "base: pipe, as the adapter says" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (
+            "/home/me/.cache/huggingface/hub/models--stabilityai--sdxl-turbo/snapshots/0123abc/unet",
+            "stabilityai/sdxl-turbo",
+        ),
+        ("me/pipe", "me/pipe"),
+        ("pipe/unet", "pipe/unet"),
+        ("", None),
+    ],
+)
+def test_the_name_of_a_model(path, name):
+    from peft_krona.pipelines import _name_of
+
+    model = torch.nn.Linear(1, 1)
+    model.config = type("Config", (), {"_name_or_path": path})()
+    assert _name_of(model) == name
+
+
 def test_a_base_that_is_named_and_not_there(made, here, capsys):
     copy_of_the_adapter(made, here / "said", "nobody/nothing")
     assert main(["inspect", "said"]) == 0

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 from . import plan, run
 from ._version import __version__
@@ -57,7 +58,18 @@ def begin() -> None:
         parser().parse_args(arguments)
     sys.excepthook = _in_one_line  # Ctrl-C, or a broken installation, while torch is imported
     for name, notice in _NOTICES.items():
-        logging.getLogger(name).addFilter(lambda record, notice=notice: notice not in record.getMessage())
+        logging.getLogger(name).addFilter(_Without(notice))
+
+
+class _Without(logging.Filter):
+    """Drops one message."""
+
+    def __init__(self, notice: str) -> None:
+        super().__init__()
+        self.notice = notice
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.notice not in record.getMessage()
 
 
 # {logger: what optional libraries log at import, whatever is done with them afterwards}; for these commands nothing
@@ -74,8 +86,8 @@ def parser() -> argparse.ArgumentParser:
     program.add_argument("--version", action="version", version=f"{SCRIPT} {__version__}")
     commands = program.add_subparsers(required=True, dest="command", metavar="convert|inspect|merge|extract|plan|run")
     adapter = "PEFT folder, released DiffuseKronA checkpoint, LoKr or LoRA file, or an id on the Hub"
-    scale = {"type": float, "default": 1.0, "metavar": "S", "help": "multiply the update by S"}
-    force = {"action": "store_true", "help": "replace what is there under the output's name"}
+    scale: dict[str, Any] = {"type": float, "default": 1.0, "metavar": "S", "help": "multiply the update by S"}
+    force: dict[str, Any] = {"action": "store_true", "help": "replace what is there under the output's name"}
 
     convert = commands.add_parser("convert", help="any adapter to a file for another tool, or to a PEFT folder")
     convert.add_argument("input", help=adapter)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from . import plan
 from ._command_line import in_flags
@@ -93,9 +94,9 @@ def inspect(options: argparse.Namespace) -> None:
     adapter = read_adapter(source)
     base = options.base
     if base is None and (named := _named_base(source)) is not None:
-        base = _on_disk(named)
+        base = named.folder
         if base is None:
-            print(f"base: {named}, as the adapter says, is not on disk; --base FOLDER adds ||dW|| / ||W||")
+            print(f"base: {named.name}, as the adapter says, is not on disk; --base FOLDER adds ||dW|| / ||W||")
     try:
         stats = inspect_adapter(adapter, base)
         found = shares(adapter, base) if base is not None else {}
@@ -208,12 +209,12 @@ def _base(given: str | None, source: Path, needed: bool) -> _Base:
     named = _named_base(source)
     if named is None or not needed:
         return _Base()
-    said = f"{named}, as the adapter says (base_model_name_or_path)"
+    said = f"{named.name}, as the adapter says (base_model_name_or_path)"
     try:
-        if (folder := _on_disk(named)) is not None:
-            return _of_folder(str(folder), said)
-        if is_hub_id(named):
-            return _of_configs(named, said)
+        if named.folder is not None:
+            return _of_folder(str(named.folder), said)
+        if is_hub_id(named.name):
+            return _of_configs(named.name, said)
     except FormatError as error:
         print(f"base: {said}, is not taken: {in_flags(str(error))}")
     return _Base()
@@ -229,28 +230,68 @@ def _of_configs(name: str, said: str) -> _Base:
     return _Base(names, said=f"{said}{describe_base(names)}")
 
 
-def _named_base(source: Path) -> str | None:
-    """The `base_model_name_or_path` of a PEFT folder's configs; of a pipeline's parts, the pipeline."""
+@dataclass(frozen=True)
+class _Named:
+    """The base model that an adapter names. `folder`: that of the pipeline, or of the one model, if it is on disk."""
+
+    name: str
+    folder: Path | None
+
+
+def _named_base(source: Path) -> _Named | None:
+    """The one `base_model_name_or_path` in a PEFT folder's configs, or in a file's header; None if there is not one.
+
+    A path is looked up from the adapter's folder, or from one or two above it (a part of the pipeline, a checkpoint),
+    as the training script writes it, then from the current one.
+    """
     if source.name == "adapter_model.safetensors":
         source = source.parent
-    if not source.is_dir():
-        return None
     own = source / ADAPTER_CONFIG
-    names = set()
-    for file in [own] if own.is_file() else sorted(source.glob(f"*/{ADAPTER_CONFIG}")):
-        try:
-            name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        except (ValueError, AttributeError):
-            return None  # whoever reads the adapter says what is wrong with it
-        if name:
-            parent = Path(name).parent
-            names.add(str(parent) if (parent / PIPELINE_INDEX).is_file() else str(name))
-    return names.pop() if len(names) == 1 else None
+    if source.is_dir():
+        files = [own] if own.is_file() else sorted(source.glob(f"*/{ADAPTER_CONFIG}"))
+        names = {file: _name_in_config(file) for file in files}
+    else:
+        names = {source: _name_in_header(source)}
+    found = {
+        _Named(str(folder) if (folder := _on_disk(name, file)) else name, folder)
+        for file, name in names.items()
+        if name
+    }
+    return found.pop() if len(found) == 1 else None
 
 
-def _on_disk(named: str) -> Path | None:
-    folder = Path(named)
-    return folder if any((folder / name).is_file() for name in (PIPELINE_INDEX, "config.json")) else None
+def _name_in_config(file: Path) -> str | None:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None  # whoever reads the adapter says what is wrong with it
+    name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _name_in_header(file: Path) -> str | None:
+    try:
+        with safe_open(file, "pt") as weights:
+            header = weights.metadata() or {}
+        return header.get("base_model") or header.get("ss_sd_model_name")  # kohya's
+    except (SafetensorError, OSError):
+        return None  # the same
+
+
+def _on_disk(name: str, file: Path) -> Path | None:
+    for folder in (*(parent / name for parent in file.resolve().parents[:3]), Path(name)):
+        if (folder / PIPELINE_INDEX).is_file():
+            return _short(folder)
+        if (folder / "config.json").is_file():
+            return _short(folder.parent if (folder.parent / PIPELINE_INDEX).is_file() else folder)
+    return None
+
+
+def _short(folder: Path) -> Path:
+    """From the current folder if it is in it."""
+    folder = Path(os.path.normpath(folder))
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_absolute() and folder.is_relative_to(here) else folder
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------

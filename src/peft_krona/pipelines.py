@@ -449,6 +449,13 @@ def _others(model: nn.Module, adapter_name: str) -> str:
     return ", ".join(repr(name) for name in _configs(model) if name != adapter_name)
 
 
+def _name_of(model: nn.Module) -> str | None:
+    """The path or id that transformers and diffusers have kept of where a model is from; of the Hub's cache, the id."""
+    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    cached = re.search(r"[/\\]models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]", str(name))
+    return f"{cached[1]}/{cached[2]}" if cached else name or None
+
+
 def _save_component(
     model: nn.Module,
     config: KronAConfig,
@@ -471,7 +478,7 @@ def _save_component(
     state_dict = {f"{PEFT_PREFIX}{key}": tensor.contiguous().cpu() for key, tensor in state_dict.items()}
     config = copy.deepcopy(config)
     config.inference_mode = True
-    config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None)
+    config.base_model_name_or_path = config.base_model_name_or_path or _name_of(model)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         new = Path(scratch, "new")
         new.mkdir()
