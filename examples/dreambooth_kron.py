@@ -182,13 +182,14 @@ def main(args: Any) -> dict[str, Any]:
     trained_text = family.trained_text if args.train_text_encoder else ()
     for part, encoder in encoders.items():
         quantized.prepare(encoder, device if part in trained_text else resting, weight_dtype)
+    movable = [encoder for encoder in encoders.values() if not quantized.is_quantized(encoder)]
 
     denoiser = Trained(family)
     folder = args.cache_to_disk
     texts = DiskCache(folder, encoders.values(), family.title, family.max_sequence_length) if folder else None
     embed = TextEmbeddings(family, args.train_text_encoder, device, texts)
     if set(encoders) > set(trained_text):
-        with offload_models(*encoders.values(), device=device, offload=args.offload):
+        with offload_models(*movable, device=device, offload=args.offload):
             embed.precompute(captions + [""] * (args.caption_dropout > 0))
     if not trained_text:
         denoiser.encoders = torch.nn.ModuleList()  # no longer needed: out of the wrapper's sight
@@ -204,6 +205,7 @@ def main(args: Any) -> dict[str, Any]:
         for part in unused:
             encoders.pop(part, None)
             setattr(pipe, part, None)
+        movable = []
     free_memory()
     if not quantized.is_quantized(base):
         base.to(device)  # after the encoders' turn, so that the two need not be there at once
@@ -382,7 +384,7 @@ def main(args: Any) -> dict[str, Any]:
             if validating and step % every == 0 and step < total and not sharded.hides_parameters(accelerator):
                 optim.set_train_mode(optimizer, False)
                 if accelerator.is_main_process:
-                    with offload_models(pipe.vae, *encoders.values(), device=device, offload=args.offload):
+                    with offload_models(pipe.vae, *movable, device=device, offload=args.offload):
                         validate("validation", pipe, step)
                 optim.set_train_mode(optimizer, True)
                 accelerator.wait_for_everyone()
