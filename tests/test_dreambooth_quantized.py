@@ -70,10 +70,10 @@ def test_mistakes_in_the_settings(tmp_path, text, device, message):
     [
         (
             {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-            ["--bnb_quantize_text_encoders", "--mixed_precision", "no"],
+            ["--bnb_quantize_text_encoders"],
             torch.uint8,
         ),
-        ({"load_in_8bit": True}, ["--gradient_checkpointing", "--mixed_precision", "bf16"], torch.int8),
+        ({"load_in_8bit": True}, ["--gradient_checkpointing", "--offload", "--bnb_quantize_text_encoders"], torch.int8),
     ],
     ids=["nf4", "int8"],
 )
