@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from benchmarks import learning_rates as sweep
+from benchmarks import unet_learning_rates as unet_sweep
 from benchmarks.learning_rates import RATES, SCHEMES, Shape
 from peft_krona import KronAConfig
 from peft_krona.config import scaling_factor
@@ -111,3 +112,29 @@ def test_the_table_of_the_docs_is_that_of_the_file():
     for row in rows:
         name, gain, rates, apart, mean, worst, one, three = (cell.strip() for cell in row.strip("|").split("|"))
         assert f"| {gain} | {rates} | {apart} | {mean}, {worst} | {one} | {three} |" in page, name
+
+
+# -- on the shipped pipeline -------------------------------------------------------------------------------------------
+
+
+def test_the_sweep_on_the_pipeline_trains_and_goes_on(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out.json"
+    arguments = ["--out", str(out), "--steps", "2", "--batch", "1"]
+    monkeypatch.setattr(unet_sweep, "FACTORS", ((4, 2, 1),))
+    monkeypatch.setattr(unet_sweep, "RATES", (1e-2,))
+    monkeypatch.setattr(unet_sweep, "JUDGED", 2)
+    assert unet_sweep.main(arguments) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["factors"] == [4, 2, 1] and row["subject"] == "dog" and 0 < row["loss"] != 1
+    assert f"| 1.0e-02 | **{row['loss']:.3f}** |" in capsys.readouterr().out
+    monkeypatch.setattr(unet_sweep, "train", None)  # nothing is left to do
+    assert unet_sweep.main(arguments) == 0
+    assert unet_sweep.main([*arguments, "--steps", "3"]) == 1
+
+
+def test_the_table_of_the_pipeline_in_the_docs_is_that_of_the_file():
+    result = json.loads((ROOT / "benchmarks" / "results" / "learning-rates-unet.json").read_text())
+    rows = unet_sweep.table(result).splitlines()
+    assert len(rows) == 2 + len(unet_sweep.RATES) and all(
+        row in (ROOT / "docs" / "math.md").read_text() for row in rows
+    )

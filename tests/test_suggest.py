@@ -135,9 +135,11 @@ def test_the_rate_is_the_paper_s_at_its_width_and_falls_with_the_fourth_root():
     assert plan.chosen == Option(64, 4, 1, 6656, plan.chosen.file_bytes, 2 * 30720)
     assert plan.learning_rate == pytest.approx(5e-4)
     wide = suggest_factors(
-        nn.Sequential(nn.Linear(16 * 1280, 64), nn.Linear(1280, 64)), "60k", target_modules=["0", "1"]
+        nn.Sequential(nn.Linear(16 * 1280, 64), nn.Linear(1280, 64)), "60k", target_modules=["0", "1"], r=1
     )
     assert wide.learning_rate == pytest.approx(5e-4 / 2**0.5)
+    terms = suggest_factors(nn.Sequential(nn.Linear(1280, 1280)), 16 * 6656, target_modules=["0"], r=16)
+    assert terms.chosen.r == 16 and terms.learning_rate == pytest.approx(2.5e-4)
     assert "learning rate: 5.0e-04" in str(plan) and "It was not tried on this model." in str(plan)
 
 

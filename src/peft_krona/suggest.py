@@ -30,8 +30,8 @@ _ADAPTER = "plan"
 BEST_A_IN, LEAST_A_IN = 4, 2  # the paper's best, and the smallest that it tried
 RATE, WIDTH = 5e-4, 1280  # the paper's rate, with (64, 4) on SDXL, and what most layers there have as their input
 RATE_SAYS = (
-    "to start with, for Adam, scaling='alpha' and alpha=1: the paper's 5e-4 (SDXL, 500 steps) times (1280/in)^(1/4).",
-    "In regressions the best one hardly depends on factors and terms (docs/math.md). It was not tried on this model.",
+    "to start with, for Adam, scaling='alpha', alpha=1: the paper's 5e-4 (SDXL, 500 steps) times (1280/(r in))^(1/4).",
+    "Where it was measured, the best one hardly depends on the factors (docs/math.md). It was not tried on this model.",
 )
 
 
@@ -76,8 +76,8 @@ class FactorPlan:
     Attributes:
         model: what was counted, in words. layers: number of target layers. share: of the model's weights.
         layer_flops: of the target layers themselves, per token.
-        learning_rate: to start with, for Adam and `scaling="alpha"`: the paper's 5e-4 times (1280/in)^(1/4), geometric
-            mean over the layers. docs/math.md has the reasons and the measurements; the model itself was not tried.
+        learning_rate: to start with, for Adam and `scaling="alpha"`: the paper's 5e-4 times (1280/(r in))^(1/4),
+            geometric mean over the layers. docs/math.md has reasons and measurements; the model itself was not tried.
         chosen: the suggestion. options: it and its neighbours, by size.
         budget: as given. target_modules: as in `KronAConfig`; None is the model's default.
     """
@@ -202,7 +202,7 @@ def suggest_factors(
         len(shapes),
         share,
         counter.layer_flops,
-        counter.rate(),
+        counter.rate(chosen.r),
         options[chosen],
         tuple(options.values()),
         said,
@@ -281,9 +281,9 @@ class _Counter:
         length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
         return 8 + (length + 7) // 8 * 8 + end
 
-    def rate(self) -> float:
-        """The paper's, times (1280 / in)^(1/4): the geometric mean over the layers."""
-        logs = (n * math.log(WIDTH / (s.in_features * math.prod(s.kernel))) for s, n in self.kinds.items())
+    def rate(self, r: int) -> float:
+        """The paper's, times (1280 / (r in))^(1/4): the geometric mean over the layers."""
+        logs = (n * math.log(WIDTH / (r * s.in_features * math.prod(s.kernel))) for s, n in self.kinds.items())
         return RATE * math.exp(sum(logs) / len(self.shapes) / 4)
 
 
