@@ -5,8 +5,10 @@ import itertools
 
 import pytest
 import torch
+from rounding import assert_rounded, judge
 
 from peft_krona.ops import kron_linear
+from peft_krona.ops.linear import plan_of
 from peft_krona.ops.node import run
 from peft_krona.ops.operands import Frozen, Update
 from peft_krona.ops.plan import MANY, VARIANTS, Plan, Target, default_variant
@@ -125,3 +127,21 @@ def test_few_tokens_are_not_paired():
     A, B = torch.randn(1, 64, 4), torch.randn(1, 5, 80)
     variants = {n: Plan.of(A, B, "kron", tokens=n).variant for n in (8, 63, 64, 4096)}
     assert variants == {8: "batched", 63: "batched", 64: "expanded", 4096: "expanded"}
+
+
+@pytest.mark.parametrize("r", [1, 3])
+@pytest.mark.parametrize("tokens,turned", [(63, False), (64, True), (255, True), (256, False)])
+def test_products_with_some_tokens_are_turned(tokens, turned, r):
+    x, A, B = torch.randn(tokens, 40), torch.randn(r, 16, 4), torch.randn(r, 7, 10)
+    plan = plan_of(x, A, B, ("kron", "b_first"), torch.float32)
+    assert plan.turned is turned and plan.variant != "expanded"
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    y = kron_linear(*leaves, order="b_first")
+
+    def dense(x, A, B, dy):
+        y = x @ torch.einsum("nik,nuv->iukv", A, B).reshape(112, 40).T
+        return y, *torch.autograd.grad(y, (x, A, B), dy)
+
+    dy = torch.randn_like(y)
+    got = [y, *torch.autograd.grad(y, leaves, dy)]
+    assert_rounded(got, *judge(dense, *leaves, dy), terms=tokens + 112 + 40 + 3, what="y, dX, dA, dB")

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import assert_rounded, judge
 
 from peft_krona.errors import BackendError, ShapeError
 from peft_krona.ops import Frozen, kron_conv, kron_delta_weight, kron_embedding, kron_linear
+from peft_krona.ops.linear import plan_of
 from peft_krona.ops.operands import Update
 from peft_krona.ops.plan import Plan
 from peft_krona.ops.reference import delta_weight_loop, kron_linear_reference
@@ -478,3 +480,49 @@ def test_kron_embedding_and_gradients(ids_shape, layout):
     dy = torch.randn_like(y)
     for got, want in zip(torch.autograd.grad(y, (A, B), dy), torch.autograd.grad(dense, (A, B), dy), strict=True):
         torch.testing.assert_close(got, want)
+
+
+# -- few tokens in 16 bits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "product alone"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_few_tokens_of_16_bits_are_multiplied_in_fp32(dtype, frozen):
+    """On a CPU, with the fp32 factors that PEFT keeps: as near to float64 as rounding the result once or twice."""
+    x, A, B = torch.randn(3, 5, 12, dtype=dtype), torch.randn(2, 4, 3), torch.randn(2, 2, 4)
+    weight, bias, dy = torch.randn(8, 12, dtype=dtype), torch.randn(8, dtype=dtype), torch.randn(3, 5, 8, dtype=dtype)
+    base = Frozen(weight, bias) if frozen else None
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    y = kron_linear(*leaves, scale=0.5, base=base)
+    gradients = torch.autograd.grad(y, leaves, dy)
+    assert (y.dtype, *(g.dtype for g in gradients)) == (dtype, dtype, torch.float32, torch.float32)
+
+    def product_and_gradients(x, A, B, dy):
+        y = x @ (0.5 * torch.einsum("nik,nuv->iukv", A, B)).reshape(8, 12).T
+        return y, *torch.autograd.grad(y, (A, B), dy)
+
+    (product, *wanted), (_, *sizes) = judge(product_and_gradients, x, A, B, dy)
+    layer = F.linear(x, weight, bias).detach().double() if frozen else 0 * product
+    # The product is rounded to 16 bits, and its sum with the layer's own output, which F.linear has rounded; 1 % of
+    # that is far more than fp32 adds.
+    allowed = 1.01 * torch.finfo(dtype).eps / 2 * (product.abs() + y.detach().double().abs())
+    assert ((y.detach().double() - product - layer).abs() <= allowed + torch.finfo(dtype).tiny).all()
+    assert_rounded(gradients[1:], wanted, sizes, terms=15 + 8 + 12 + 2, what="dA, dB", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "device,dtype,factors,tokens,wide",
+    [
+        ("cpu", torch.bfloat16, torch.float32, 63, True),
+        ("cpu", torch.float16, torch.float32, 1, True),
+        ("cpu", torch.bfloat16, torch.float32, 64, False),
+        ("cpu", torch.bfloat16, torch.bfloat16, 8, False),
+        ("cpu", torch.float32, torch.float32, 8, False),
+        ("meta", torch.bfloat16, torch.float32, 8, False),
+    ],
+)
+def test_which_products_are_in_fp32(device, dtype, factors, tokens, wide):
+    x = torch.empty(tokens, 12, dtype=dtype, device=device)
+    A, B = (torch.empty(1, *sizes, dtype=factors, device=device) for sizes in ((4, 3), (2, 4)))
+    assert plan_of(x, A, B, ("kron", None), dtype).wide is wide
+    assert not plan_of(x.float(), A, B, ("kron", None), torch.bfloat16).wide, "autocast rounds the factors as well"

@@ -43,7 +43,7 @@ def matrices(update: Update, dtype: torch.dtype, plan: Plan) -> Matrices:
     A, B, scale = update
     if A.dtype is not dtype or B.dtype is not dtype or isinstance(scale, torch.Tensor) or scale != 1:
         A, B = cast_factors(update, dtype)
-    r, a_out, a_in, b_out, b_in, layout, order, variant, _ = plan
+    r, a_out, a_in, b_out, b_in, layout, order, variant, *_ = plan
     if order == "b_first":
         plain = variant == "expanded" and b_out == 1
         if r == 1:
@@ -63,10 +63,12 @@ def multiply(y: torch.Tensor | None, x: torch.Tensor, m: Matrices, plan: Plan) -
     (T, b_in n, a_out) for a_first. y must be contiguous and owned by the caller: it is added to in place, inside the
     GEMM.
     """
-    (mA, mB), (r, a_out, a_in, b_out, b_in, layout, order, variant, _) = m, plan
+    (mA, mB), (r, a_out, a_in, b_out, b_in, layout, order, variant, _, turned) = m, plan
     if order == "b_first":
         if variant == "expanded":
             h = F.linear(x.view(-1, b_in), mB).view(-1, a_in * r * b_out)
+        elif turned:
+            h = torch.mm(mB, x.view(-1, b_in).t()).t().contiguous().view(-1, a_in * r, b_out)
         else:
             h = F.linear(x.view(-1, a_in, b_in), mB)
             h = h if r == 1 else h.view(-1, a_in * r, b_out)
