@@ -201,7 +201,7 @@ def main(args: Any) -> dict[str, Any]:
                 DiskCache(folder, [pipe.vae], family.title) if folder else None,
             )
     if not args.validation_prompt:  # nothing asks for these again: the final images are of a pipeline of their own
-        unused = ([] if args.train_text_encoder else list(encoders)) + ["vae"] * args.cache_latents
+        unused = [part for part in encoders if part not in trained_text] + ["vae"] * args.cache_latents
         for part in unused:
             encoders.pop(part, None)
             setattr(pipe, part, None)
