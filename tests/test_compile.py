@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.compile without graph breaks, and memory: no dense matrix in forward or backward."""
 
+import functools
 import itertools
 
 import pytest
 import torch
 from adapted import LAYERS, adapt, adapted_mlp, config, krona_layers, make_layer
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from tiny import unet
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -28,6 +29,24 @@ def _fresh_dynamo():
 # -- torch.compile -----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def why_not_whole() -> str:
+    """Why this torch compiles no model of PEFT's in one graph, whatever the adapter; "" if it does."""
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    try:
+        torch.compile(model, fullgraph=True, backend="eager")(torch.ones(1, 4))
+    except torch._dynamo.exc.Unsupported as error:
+        return f"torch {torch.__version__} does not compile PEFT's own forward: {str(error).splitlines()[0][:120]}"
+    return ""
+
+
+@pytest.fixture
+def whole():
+    if why_not_whole():
+        pytest.skip(why_not_whole())
+
+
+@pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", ["linear b_first", "linear a_first r3", "transformers Conv1D", "conv2d",
                                   "conv2d groups", "embedding"])  # fmt: skip
@@ -46,6 +65,7 @@ def test_one_graph_and_equal_numbers(name, training):
         torch.testing.assert_close(g, w)
 
 
+@pytest.mark.usefixtures("whole")
 def test_one_compilation_a_shape():
     counter = CompileCounterWithBackend("aot_eager")
     model = adapted_mlp(krona_dropout=0.1, module_dropout=0.1)
@@ -62,6 +82,7 @@ def test_one_compilation_a_shape():
     assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
 
 
+@pytest.mark.usefixtures("whole")
 def test_dynamic_shapes_compile_once():
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(adapted_mlp(), fullgraph=True, dynamic=True, backend=counter)
@@ -70,6 +91,7 @@ def test_dynamic_shapes_compile_once():
     assert counter.frame_count == 1
 
 
+@pytest.mark.usefixtures("whole")
 def test_module_dropout_draws_anew_in_a_compiled_graph():
     model, layer = adapt(nn.Linear(8, 8), module_dropout=0.5)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -78,6 +100,7 @@ def test_module_dropout_draws_anew_in_a_compiled_graph():
     assert 10 < sum(skipped) < 50
 
 
+@pytest.mark.usefixtures("whole")
 @pytest.mark.usefixtures("float64")
 def test_merged_and_disabled_models_compile():
     model = adapted_mlp()
@@ -100,6 +123,7 @@ def test_a_unet_compiles_whole():
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.usefixtures("whole")
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_inductor():

@@ -82,8 +82,8 @@ def make_plan(
     if order is not None and order not in ORDERS:
         raise ShapeError(f"order={order!r} is unknown; expected 'b_first', 'a_first' or None.")
     check_factors(A, B)
-    plan = Plan(A[0], A[1], A[2], B[1], B[2], layout, order or cheaper_order(A[1], A[2], B[1], B[2]))
-    return plan._replace(variant=default_variant(plan, Target(*target)))
+    sizes = (A[0], A[1], A[2], B[1], B[2], layout, order or cheaper_order(A[1], A[2], B[1], B[2]))
+    return Plan(*sizes, default_variant(Plan(*sizes), Target(*target)))  # torch 2.6 does not compile `_replace`
 
 
 def plan_for(
