@@ -156,7 +156,7 @@ def settings_table() -> str:
 
 
 def rate(name: str) -> float:
-    """`suggest_factors(...).learning_rate`."""
+    """`suggest_factors(...).learning_rate` for one term."""
     return RATE * math.exp(sum(math.log(WIDTH / i) for _, i in shapes(name)) / len(shapes(name)) / 4)
 
 
