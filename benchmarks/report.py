@@ -266,9 +266,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     results = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
     for path, result in zip(args.results, results, strict=True):
+        if result.get("suite") not in TABLES:
+            print(f"\n### {path.name}\n\nNot written by benchmarks.run, which this makes tables of.")
+            continue
         print(f"\n### {path.name}\n\n{describe(result)}\n")
         print(TABLES[result["suite"]](result) if result["rows"] else "Nothing was measured.")
-    layers = [result for result in results if result["suite"] == "layer"]
+    layers = [result for result in results if result.get("suite") == "layer"]
     if args.plot and layers:
         plot(layers, args.plot, args.only)
         print(f"\nwrote {args.plot}")
