@@ -57,7 +57,7 @@ class _Joint(torch.autograd.Function):
         ys, hs = [], [part.contiguous() for part in h.split(u, 2)]
         for A, part, weight, bias in zip(As, hs, weights, biases, strict=True):
             y = F.linear(x, weight, bias)
-            ys.append(apply_A(y, A, part, plan))
+            ys.append(apply_A(y, *_as_multiplied(A, part, plan), plan))
         ctx.save_for_backward(x, B, *As, *hs)
         ctx.plan, ctx.weights = plan, weights
         return tuple(ys)
@@ -67,9 +67,10 @@ class _Joint(torch.autograd.Function):
         x, B, *rest = ctx.saved_tensors
         As, hs, plan = rest[:3], rest[3:], ctx.plan
         T, u = x.shape[0], plan.b_out
-        backward = [backward_A(dy, A, h, plan, (True, True)) for dy, A, h in zip(dys, As, hs, strict=True)]
+        each = zip(dys, As, hs, strict=True)
+        backward = [backward_A(dy, *_as_multiplied(A, h, plan), plan, (True, True)) for dy, A, h in each]
         dhs, dAs = zip(*backward, strict=True)
-        dh = torch.cat(dhs, 2)
+        dh = torch.cat([dh.view(T, plan.a_in, u) for dh in dhs], 2)
         rows = dh.view(T * plan.a_in, 3 * u)
         dB = rows.t() @ x.view(T * plan.a_in, plan.b_in)
         dx = (rows @ B).view(x.shape)
@@ -83,6 +84,13 @@ class _Joint(torch.autograd.Function):
             *(dA.to(dy.dtype) for dA, dy in zip(dAs, dys, strict=True)),
             *(part.unsqueeze(0) for part in dB.split(u)),
         )
+
+
+def _as_multiplied(A: torch.Tensor, h: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (1, a_out, a_in) and h (T, a_in, b_out) as the plan's variant takes them (ops/apply_A.py)."""
+    if plan.variant != "expanded":
+        return A, h
+    return A.squeeze(0) if plan.b_out == 1 else A, h.flatten(1)
 
 
 def qkv_steps(tokens: int, width: int, a_out: int, a_in: int, dtype: torch.dtype, device: str) -> Steps:
