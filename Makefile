@@ -5,11 +5,15 @@ RUN := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test demo app study test-app docs lint clean
+.PHONY: test test-numerics demo app study test-app docs lint clean
 
 test: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(RUN) -m pytest -n auto --dist worksteal
+
+# the tests of numbers with the instructions of other CPUs, nine times: half an hour
+test-numerics: $(VENV)/.ready
+	$(RUN) tests/numerics.py "" -n auto
 
 demo: $(VENV)/.demo
 	$(RUN) examples/dreambooth_kron.py

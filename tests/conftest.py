@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))  # more in tests/numerics.py only
 _assert_close = torch.testing.assert_close
 
 
@@ -34,7 +34,7 @@ def is_exact(t: torch.Tensor) -> bool:
     return not (t.is_floating_point() or t.is_complex())
 
 
-# torch.testing.assert_close = _assert_close_in_float64
+torch.testing.assert_close = _assert_close_in_float64
 
 
 def pytest_collection_modifyitems(items):

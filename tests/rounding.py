@@ -13,6 +13,27 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+EPS = torch.finfo(torch.float32).eps
+STORED = 8 * EPS
+"""Relative error of an update whose factors were written in fp32 and read again, both sides in float64: two to four
+factors, a scale and their balancing, 16 roundings of eps / 2 at most."""
+STORED_IN_A_MODEL = 64 * EPS
+"""The same in the output of a whole model, computed in float64: layers may magnify it, in the same way everywhere."""
+HALF = torch.finfo(torch.float16).eps
+
+
+def assert_same_training(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], moved: str) -> None:
+    """Two fp32 trainings with the same updates but for the order of their sums.
+
+    Rounding changes an update by a small multiple of eps of itself, another picture, noise or divisor by about as
+    much as itself. The bound lies half way, at sqrt(eps), of how far the weights named `moved` went from their start at
+    zero. Adam divides small gradients by themselves: train with an epsilon that is large beside them.
+    """
+    assert one.keys() == other.keys()
+    far = sum(t.double().square().sum() for k, t in one.items() if k.endswith(moved)).sqrt()
+    apart = sum((t.double() - other[k].double()).square().sum() for k, t in one.items()).sqrt()
+    assert 0 < far and apart <= EPS**0.5 * far, f"{apart:.2e} apart after a way of {far:.2e}"
+
 
 def judge(function: Callable, *inputs: torch.Tensor | None) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     """(results, sizes): `function` in float64 on the CPU of the inputs, and of their absolute values.

@@ -202,7 +202,7 @@ def test_strict_factor_error_names_the_nested_layer():
 
 def test_adapter_of_another_type_beside_krona():
     with pytest.raises(
-        ValueError,
+        ValueError,  # the text of an enum that is a str names its class or not, as Python's version is
         match=r"Cannot combine adapters with different peft types. Found (PeftType\.)?KRONA and (PeftType\.)?LORA",
     ):
         adapted_mlp().add_adapter("other", LoraConfig(target_modules=["lin0"]))

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from convert_fixtures import merge_by_hand, relative, tiny_clip, tiny_unet
+from rounding import STORED, STORED_IN_A_MODEL
 from safetensors.torch import save_file
 
 from peft_krona.convert import from_diffusekrona, read_adapter, shapes_of_models
@@ -108,6 +109,8 @@ def test_into_a_pipeline_unmerged_and_merged(tmp_path):
     adapted = Parts(**copy.deepcopy(models))
     assert set(load_krona_weights(adapted, tmp_path)) == set(models)
 
+    for model in (*models.values(), *adapted.components.values()):
+        model.double()  # what differs is then what was stored
     wrappers = {}
     for component, model in adapted.components.items():
         for name, module in model.named_modules():
@@ -117,12 +120,12 @@ def test_into_a_pipeline_unmerged_and_merged(tmp_path):
                 ] = module
     assert wrappers.keys() == pairs.keys()
     for (component, name), module in wrappers.items():
-        down, up = pairs[component, name]
-        x = torch.randn(2, 3, module.in_features)
+        down, up = (t.double() for t in pairs[component, name])
+        x = torch.randn(2, 3, module.in_features, dtype=torch.float64)
         wanted = module.base_layer(x) + released_layer(x, down, up)
-        assert relative(module(x), wanted) < 1e-6
+        assert relative(module(x), wanted) <= STORED
         module.merge()
-        assert relative(module(x), wanted) < 1e-6
+        assert relative(module(x), wanted) <= STORED
         module.unmerge()
 
     merged = copy.deepcopy(models)
@@ -130,7 +133,7 @@ def test_into_a_pipeline_unmerged_and_merged(tmp_path):
     ids = torch.arange(7)[None]
     for name in ("text_encoder", "text_encoder_2"):
         wanted = merged[name](ids).last_hidden_state
-        assert relative(adapted.components[name](ids).last_hidden_state, wanted) < 1e-5
+        assert relative(adapted.components[name](ids).last_hidden_state, wanted) <= STORED_IN_A_MODEL
         assert relative(models[name](ids).last_hidden_state, wanted) > 1e-3
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from convert_fixtures import relative
+from rounding import STORED
 from torch import nn
 
 from peft_krona.convert import BASES, from_lokr, from_peft, from_tensors, read_adapter
@@ -65,7 +66,7 @@ def test_alpha_and_low_rank_sides(full1, full2, alpha, scale, dtype):
     (layer,) = from_lokr(file)
     assert layer.name == "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     p = {key: tensor.double() for key, tensor in p.items()}
-    assert relative(layer.delta_weight(), expected(p, scale)) < 1e-6
+    assert relative(layer.delta_weight(), expected(p, scale)) <= STORED
 
 
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
@@ -78,7 +79,7 @@ def test_convolutions(form):
     file = {f"{CONV}.{key}": tensor for key, tensor in p.items()} | {f"{CONV}.alpha": torch.tensor(3.0)}
     (layer,) = from_lokr(file)
     assert layer.shape == (32, 32, 3, 3) and layer.r == 1
-    assert relative(layer.delta_weight(), expected({k: t.double() for k, t in p.items()}, 1.0, kernel)) < 1e-6
+    assert relative(layer.delta_weight(), expected({k: t.double() for k, t in p.items()}, 1.0, kernel)) <= STORED
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_peft_lokr_folders(tmp_path, settings):
     for layer in adapter:
         wanted = model.base_model.model.get_submodule(layer.module).get_delta_weight("default")
         assert layer.shape == tuple(wanted.shape)
-        assert relative(layer.delta_weight(), wanted) < 1e-6
+        assert relative(layer.delta_weight(), wanted) <= STORED
 
 
 @pytest.mark.parametrize("name", ["a_out", "b_out", "a_in", "b_in"])

@@ -8,6 +8,7 @@ import torch
 from convert_fixtures import anything, attention, random_adapter, relative, tiny_clip, tiny_unet
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from rounding import STORED
 from torch import nn
 
 from peft_krona.convert import from_lora, from_tensors, read_adapter
@@ -67,7 +68,7 @@ def test_peft_lora_folders(tmp_path, rslora):
     assert len(adapter) == 3
     for layer in adapter:
         wanted = model.base_model.model.get_submodule(layer.module).get_delta_weight("default")
-        assert relative(layer.delta_weight(), wanted) < 1e-6
+        assert relative(layer.delta_weight(), wanted) <= STORED
 
 
 def test_the_lora_that_diffusers_saves_with_its_config(tmp_path):
@@ -78,7 +79,7 @@ def test_the_lora_that_diffusers_saves_with_its_config(tmp_path):
     layers = {layer.module: layer for layer in read_adapter(tmp_path)}
     for name, module in unet.named_modules():
         if hasattr(module, "lora_A"):
-            assert relative(layers.pop(name).delta_weight(), module.get_delta_weight("x")) < 1e-6
+            assert relative(layers.pop(name).delta_weight(), module.get_delta_weight("x")) <= STORED
     assert not layers
 
 
@@ -129,7 +130,7 @@ def test_native_adapters_of_every_kind_of_layer_through_peft(tmp_path):
     assert adapter.components == ("unet",)
     for layer in adapter:
         wanted = model.base_model.model.get_submodule(layer.module).get_delta_weight("default")
-        assert relative(layer.delta_weight(), wanted) < 1e-6
+        assert relative(layer.delta_weight(), wanted) <= STORED
     assert {layer.r for layer in adapter} == {1, 2} and anything("unet", layer.module)
 
 

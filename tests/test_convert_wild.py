@@ -10,6 +10,7 @@ import pytest
 import torch
 from convert_fixtures import relative
 from peft import LoHaConfig, LoraConfig, get_peft_model
+from rounding import STORED
 from safetensors.torch import save_file
 from torch import nn
 
@@ -317,7 +318,7 @@ def test_every_layer_has_its_own_format():
     }
     assert adapter.source == "lokr+loha+lora" and len(adapter) == 3
     for layer in adapter:
-        assert relative(layer.delta_weight(), wanted[layer.module.split("transformer_blocks.0.")[1]]) < 1e-6
+        assert relative(layer.delta_weight(), wanted[layer.module.split("transformer_blocks.0.")[1]]) <= STORED
 
 
 @pytest.mark.parametrize(
@@ -423,7 +424,7 @@ def test_lora_folders_are_what_peft_computes(settings, tmp_path):
     for layer in adapter:
         wanted = model.base_model.model.get_submodule(layer.module).get_delta_weight("default")
         wanted = wanted.T if layer.module == "emb" else wanted  # its table is (num_embeddings, embedding_dim)
-        assert relative(layer.delta_weight(), wanted) < 1e-6
+        assert relative(layer.delta_weight(), wanted) <= STORED
     assert len(adapter) == len(settings.get("target_modules", ["lin", "conv"]))
 
 
@@ -434,7 +435,7 @@ def test_loha_folders_are_what_peft_computes(tmp_path):
     adapter = read_adapter(tmp_path).fitted({"model": {"lin": (16, 24), "conv": (8, 4, 3, 3)}})
     for layer in adapter:
         wanted = model.base_model.model.get_submodule(layer.module).get_delta_weight("default")
-        assert relative(layer.delta_weight(), wanted.reshape(layer.shape)) < 1e-6
+        assert relative(layer.delta_weight(), wanted.reshape(layer.shape)) <= STORED
     assert len(adapter) == 2
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rounding import HALF
 
 pytest.importorskip("diffusers")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -352,7 +353,7 @@ def test_validation_pictures_are_not_black_in_half_precision(tiny_sdxl, capsys):
     settings = {"num_inference_steps": 1, "output_type": "np"}
     exact = evaluate.validation(pipe, ["x"], 1, 0, (32, 32), **settings)[0]
     half = evaluate.validation(pipe, ["x"], 1, 0, (32, 32), torch.autocast("cpu", torch.float16), **settings)[0]
-    assert half.std() > 0.01 and abs(half - exact).max() < 0.05
+    assert half.std() > 0.01 and abs(half - exact).max() <= 64 * HALF
     assert "decode" not in vars(pipe.vae)
 
     pipe.vae.decoder.conv_out.bias.data.fill_(float("nan"))

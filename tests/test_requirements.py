@@ -242,6 +242,16 @@ def closure(*extras: str) -> set[str]:
     return found
 
 
+def packages_distributions() -> dict[str, list[str]]:
+    """importlib.metadata's, which in Python 3.10 sees only distributions with a top_level.txt."""
+    found: dict[str, list[str]] = {}
+    for distribution in metadata.distributions():
+        named = (distribution.read_text("top_level.txt") or "").split()
+        for top in named or {file.parts[0].removesuffix(".py") for file in distribution.files or []}:
+            found.setdefault(top, []).append(distribution.name)
+    return found
+
+
 def test_the_demo_needs_no_more_than_it_uses():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "$(VENV)/.demo: pyproject.toml constraints.txt\n\t$(call install,.[demo])" in makefile
@@ -253,7 +263,7 @@ def test_the_demo_needs_no_more_than_it_uses():
     assert unused - {"triton", "pyarrow"} <= closure("dev")
 
     # and no less: whatever the demo's files import at once is among it
-    whose = metadata.packages_distributions()
+    whose = packages_distributions()
     known = sys.stdlib_module_names | {"peft_krona", "dreambooth", "examples"}
     files = [ROOT / "examples" / "dreambooth_kron.py", *(ROOT / "examples" / "dreambooth").rglob("*.py")]
     files += (ROOT / "src").rglob("*.py")

@@ -22,6 +22,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora.conversion import convert_to_lora, save_as_lora
+from rounding import EPS, STORED
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -472,7 +473,7 @@ def test_weighted_sum_of_unequal_adapters(name, caplog):
         error = ((got - want).norm() / want.norm()).item()
         if layer_name in errors:
             assert (
-                abs(error - errors[layer_name]) <= 1e-7 and f"  {layer_name}: {errors[layer_name]:.1e} " in caplog.text
+                abs(error - errors[layer_name]) <= EPS and f"  {layer_name}: {errors[layer_name]:.1e} " in caplog.text
             )
         if exact or layer_name not in errors:
             assert error <= 8 * torch.finfo(torch.float32).eps, layer_name
@@ -493,7 +494,7 @@ def test_weighted_sum_is_the_nearest_one():
         blocks = want.detach().reshape(a_out, 8 // a_out, a_in, 12 // a_in).permute(0, 2, 1, 3)
         values = torch.linalg.svdvals(blocks.reshape(a_out * a_in, -1))
         best.append((values[3:].norm() / values.norm()).item())
-    assert abs(errors["0"] - min(best)) <= 1e-6 and layer.r["sum"] == 3
+    assert abs(errors["0"] - min(best)) <= STORED and layer.r["sum"] == 3
 
 
 @pytest.mark.parametrize(
