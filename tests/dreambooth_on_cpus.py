@@ -22,14 +22,15 @@ from accelerate.utils import DistributedType
 from examples import dreambooth_kron
 from examples.dreambooth.arguments import parse_args
 
-torch.set_num_threads(1)
-dreambooth_pipelines.in_float64(setattr)
-Accelerator.end_training = lambda self: None  # the processes stay together for the next run
-PartialState(cpu=True)
-for argv in json.loads(sys.argv[1]):
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    args = parse_args(argv)
-    dreambooth_kron.main(args)
-    print("ran as", AcceleratorState().distributed_type, flush=True)
-    AcceleratorState._shared_state.clear()
-torch.distributed.destroy_process_group()
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dreambooth_pipelines.in_float64(setattr)
+    Accelerator.end_training = lambda self: None  # the processes stay together for the next run
+    PartialState(cpu=True)
+    for argv in json.loads(sys.argv[1]):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        args = parse_args(argv)
+        dreambooth_kron.main(args)
+        print("ran as", AcceleratorState().distributed_type, flush=True)
+        AcceleratorState._shared_state.clear()
+    torch.distributed.destroy_process_group()
