@@ -33,13 +33,13 @@ A = {"lin0.krona_A.default", "lin1.krona_A.default"}
 B = {"lin0.krona_B.default", "lin1.krona_B.default"}
 
 
-def named(value) -> str:
+def case(value) -> str:
     """The name of a case; a set has no order, and test workers have to agree on names."""
     return str(sorted(value)) if isinstance(value, set) else str(value)
 
 
 @pytest.mark.parametrize(
-    ("init", "zero"), [(True, B), ("diffusekrona", B), ("kaiming", B), ("cdka", A), (False, B)], ids=named
+    ("init", "zero"), [(True, B), ("diffusekrona", B), ("kaiming", B), ("cdka", A), (False, B)], ids=case
 )
 def test_the_factor_that_starts_at_zero_has_the_ratio(init, zero):
     model = both(init_weights=init)
@@ -92,7 +92,7 @@ def named(module: nn.Module) -> nn.Module:
             },
         ),
     ],
-    ids=named,
+    ids=case,
 )
 def test_what_else_is_trained(kwargs, other, no_decay):
     model = get_peft_model(named(mlp()), config(["lin0", "lin1"], init_weights=True, **kwargs))
