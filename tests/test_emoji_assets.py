@@ -60,7 +60,7 @@ def test_attention_widths_are_multiples_of_64(pipeline):
 def test_scheduler_serves_training(pipeline):
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     assert scheduler.config.prediction_type == "v_prediction"
-    x = torch.randn(2, 16, 8, 8)
+    x = torch.randn(2, 8, 16, 16)
     assert torch.isfinite(scheduler.get_velocity(x, x, torch.tensor([0, 999]))).all()
 
 

@@ -25,9 +25,14 @@ def export(folder: Path, vae, text_encoder, tokenizer, unet, concepts: list[str]
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
-    # with no dtype named, from_pretrained loads diffusers' models in fp32, transformers' as their config says
-    config = temporary / "text_encoder" / "config.json"
-    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for path in temporary.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # where a part was loaded from: a folder of this machine
+        if (
+            "dtype" in config
+        ):  # with none named, from_pretrained takes this for transformers' models, fp32 for diffusers'
+            config["dtype"] = "float32"
+        path.write_text(json.dumps(config, indent=2) + "\n")
     (temporary / CONCEPTS_FILE).write_text(json.dumps(concepts) + "\n")
     if folder.exists():
         made = ("model_index.json", CONCEPTS_FILE)

@@ -3,7 +3,7 @@
     python -m examples.emoji_sd.train                  # everything, some hours of one CPU core
     python -m examples.emoji_sd.train --minutes 60     # a piece of it; the same command goes on from there
     python -m examples.emoji_sd.train --until vae      # the first stages only
-    python -m examples.emoji_sd.train --vae examples/emoji_sd/state/vae   # from a trained autoencoder on
+    python -m examples.emoji_sd.train --vae examples/assets/emoji-sd/vae   # from a trained autoencoder on
 
 Kill it whenever you like and start it again with the same arguments: it goes on where its last checkpoint is, to the
 numbers that an unbroken run would have had.

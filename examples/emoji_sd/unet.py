@@ -7,7 +7,7 @@ from torch.nn.functional import mse_loss
 
 from .loop import Loop, adamw, autocast
 
-STEPS, BATCH, LR, EMA, DROPOUT = 40_000, 32, 1e-3, 0.999, 0.1
+STEPS, BATCH, LR, EMA, DROPOUT = 12_000, 32, 1e-3, 0.999, 0.1
 WIDTHS = (64, 128, 192)
 
 
