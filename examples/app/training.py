@@ -38,7 +38,7 @@ class Settings:
     a_in: int = 4
     rank: int = 1
     steps: int = 400
-    learning_rate: float = 1.5e-2
+    learning_rate: float = 4e-3
     seed: int = 0
     previews: int = 100
 
