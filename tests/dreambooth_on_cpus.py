@@ -31,6 +31,8 @@ if __name__ == "__main__":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         args = parse_args(argv)
         dreambooth_kron.main(args)
-        print("ran as", AcceleratorState().distributed_type, flush=True)
+        # a file each: on a shared pipe the lines of two processes may come out mixed, or within each other
+        note = Path(args.output_dir) / f"process-{AcceleratorState().process_index}.txt"
+        note.write_text(AcceleratorState().distributed_type.name)
         AcceleratorState._shared_state.clear()
     torch.distributed.destroy_process_group()
