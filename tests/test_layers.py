@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every adapted layer type against a float64 reference that builds dW by the index formula in a loop."""
 
+import copy
 import itertools
 
 import pytest
@@ -20,12 +21,14 @@ from adapted import (
 from peft import LoraConfig, get_peft_model
 from test_ops import strided
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from peft_krona import KronAConfig
 from peft_krona.errors import UnsupportedLayerError
+from peft_krona.ops.reference import delta_weight_loop
 
 LAYOUTS = ("kron", "diffusekrona")
 FEW = ["linear b_first", "linear a_first r3", "transformers Conv1D", "conv1d", "conv2d", "conv2d groups", "conv3d",
@@ -351,6 +354,122 @@ def test_a_new_adapter_follows_the_training_mode_of_what_it_adapts():
     assert not any(module.training for layer in krona_layers(model).values() for module in layer.modules())
     model.train()
     assert all(module.training for layer in krona_layers(model).values() for module in layer.modules())
+
+
+# -- what is replaced by hand ------------------------------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        return 2 * t
+
+
+def doubled(_module, _args, output):
+    return 2 * output
+
+
+def trained_dropout(layer):
+    layer.krona_dropout["default"] = nn.Dropout(0.5).train()
+
+
+def other_base(layer):
+    layer.base_layer = nn.Linear(12, 8).requires_grad_(False)
+
+
+def assigned(layer):
+    state = {key: torch.randn_like(tensor) for key, tensor in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    layer.base_layer.requires_grad_(False)
+
+
+BY_HAND = {
+    "dropout": lambda layer: layer.krona_dropout.update({"default": nn.Dropout(0.5)}),
+    "dropout in training mode": trained_dropout,
+    "dropout of nothing": lambda layer: layer.krona_dropout.update({"default": nn.Dropout(0.0)}),
+    "a module of one's own for dropout": lambda layer: layer.krona_dropout.update({"default": Doubled()}),
+    "a hook on dropout": lambda layer: layer.krona_dropout["default"].register_forward_hook(doubled),
+    "a hook on the base": lambda layer: layer.base_layer.register_forward_hook(doubled),
+    "s": lambda layer: layer.scaling.update(default=-1.7),
+    "layout": lambda layer: layer.layout.update(default="diffusekrona"),
+    "A": lambda layer: layer.krona_A.update({"default": nn.Parameter(torch.randn(3, 4, 2))}),
+    "factors of other sizes": lambda layer: (
+        layer.krona_A.update({"default": nn.Parameter(torch.randn(1, 2, 3))}),
+        layer.krona_B.update({"default": nn.Parameter(torch.randn(1, 4, 4))}),
+    ),
+    "A parametrized": lambda layer: parametrize.register_parametrization(layer.krona_A, "default", Doubled()),
+    "B parametrized": lambda layer: parametrize.register_parametrization(layer.krona_B, "default", Doubled()),
+    "base parametrized": lambda layer: parametrize.register_parametrization(layer.base_layer, "weight", Doubled()),
+    "base layer": other_base,
+    "base weight": lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(torch.randn(8, 12), False)),
+    "values through .data": lambda layer: layer.krona_A["default"].data.mul_(3),
+    "tensors through .data": lambda layer: setattr(layer.krona_B["default"], "data", torch.randn(3, 2, 6)),
+    "load_state_dict(assign=True)": assigned,
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kept", ["the layer", "a copy", "a pickled copy"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("what", BY_HAND)
+def test_what_is_replaced_by_hand_takes_effect(what, training, kept, tmp_path):
+    """At any time after an adapter was added, and nothing that a layer has noted about it hides it."""
+    model, layer = adapt(nn.Linear(12, 8), r=3, alpha=0.7)
+    model.train(training)
+    x = torch.randn(5, 12)
+    model(x)
+    BY_HAND[what](layer)
+    if kept == "a copy":
+        layer = copy.deepcopy(layer)
+    elif kept == "a pickled copy":
+        if "parametrized" in what:
+            pytest.skip("torch pickles no parametrized module")
+        torch.save(layer, tmp_path / "layer.pt")
+        layer = torch.load(tmp_path / "layer.pt", weights_only=False)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.manual_seed(1)
+            y = layer(x)
+            torch.manual_seed(1)
+            dW = delta_weight_loop(
+                layer.krona_A["default"], layer.krona_B["default"], layer.scaling["default"], layer.layout["default"]
+            )
+            want = layer.base_layer(x) + F.linear(layer.krona_dropout["default"](x), dW)
+        torch.testing.assert_close(y, want)
+
+
+@pytest.mark.usefixtures("float64")
+def test_functional_call_takes_the_tensors_that_it_is_given():
+    model, layer = adapt(nn.Linear(12, 8), r=3)
+    x = torch.randn(5, 12)
+    given = {f"base_model.model.0.{key}": torch.randn_like(t) for key, t in layer.state_dict().items()}
+    y = torch.func.functional_call(model, given, (x,))
+    A, B, W, b = (given[f"base_model.model.0.{key}"] for key in
+                  ("krona_A.default", "krona_B.default", "base_layer.weight", "base_layer.bias"))  # fmt: skip
+    torch.testing.assert_close(y, F.linear(x, W + delta_weight_loop(A, B, 1.0, "kron"), b))
+
+
+@pytest.mark.usefixtures("float64")
+def test_one_factor_of_two_layers_gets_both_gradients():
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config(["0", "1"]))
+    first, second = krona_layers(model).values()
+    second.krona_B["default"] = first.krona_B["default"]
+    x = torch.randn(5, 8)
+    model(x).sum().backward()
+    B = first.krona_B["default"].detach().clone().requires_grad_()
+    y = x
+    for layer in (first, second):
+        dW = torch.einsum("nik,nuv->iukv", layer.krona_A["default"].detach(), B).reshape(8, 8)
+        y = F.linear(y, layer.base_layer.weight + dW, layer.base_layer.bias)
+    (want,) = torch.autograd.grad(y.sum(), B)
+    torch.testing.assert_close(first.krona_B["default"].grad, want)
+
+
+def test_a_new_adapter_fits_the_base_layer_that_is_there_now():
+    model, layer = adapt(nn.Linear(12, 8))
+    layer.base_layer = nn.Linear(20, 6)
+    model.add_adapter("late", config(a_out=3, a_in=5))
+    assert layer.factors("late") == (3, 5) and layer.get_delta_weight("late").shape == (6, 20)
+    assert (layer.in_features, layer.out_features) == (20, 6)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

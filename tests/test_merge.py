@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from adapted import (
     LAYERS,
     adapt,
@@ -441,6 +442,30 @@ def test_merging_more_onto_a_weight_that_changed_in_between():
     with pytest.warns(RuntimeWarning, match=r"was changed by something else"):
         model.unmerge_adapter()
     torch.testing.assert_close(layer.get_base_layer().weight.detach(), original + 0.5)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", ["a copy of the merged one", "the original"])
+def test_a_base_layer_that_was_replaced_in_between(kind):
+    """As quantizing and dequantizing a model do it: what was merged is taken out of the layer that is there now."""
+    model, layer = adapt(nn.Linear(12, 8))
+    original = copy.deepcopy(layer.base_layer)
+    model.merge_adapter()
+    merged = layer.base_layer
+    if kind == "the original":
+        layer.base_layer = copy.deepcopy(original)
+        with pytest.warns(UserWarning, match="Already unmerged"):
+            model.unmerge_adapter()
+        assert torch.equal(layer.base_layer.weight, original.weight)
+    else:
+        layer.base_layer = copy.deepcopy(merged)
+        with pytest.warns(RuntimeWarning, match="was changed by something else"):
+            model.unmerge_adapter()
+        torch.testing.assert_close(layer.base_layer.weight, original.weight)
+    assert not torch.equal(merged.weight, original.weight), "the layer that was taken out is left alone"
+    assert not layer.merged
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(model(x), original(x) + F.linear(x, layer.get_delta_weight("default")))
 
 
 def test_a_cast_in_between():

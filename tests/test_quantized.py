@@ -197,3 +197,25 @@ def test_unquantized_neighbours_merge_too():
     with peft_krona.merged(model):
         assert all(layer.merged for layer in base)
     assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_that_is_quantized_or_dequantized_under_its_adapter_merges_as_what_it_is_now(kind):
+    base, model, layer, x = make(kind)
+    plain = nn.Linear(64, 32)
+    layer.base_layer = plain  # as transformers' `dequantize` does it
+    A, B, s = layer.krona_A["default"], layer.krona_B["default"], layer.scaling["default"]
+    dW, size = delta_weight_loop(A, B, s, "kron"), delta_weight_loop(A.abs(), B.abs(), s, "kron")
+    before = plain.weight.detach().clone()
+    with peft_krona.merged(model):  # a product, s, two terms, W
+        assert_rounded(plain.weight.detach(), before.double() + dW, before.double().abs() + size, terms=5)
+    assert torch.equal(plain.weight, before)
+    layer.base_layer = base  # and quantized again
+    base(x)
+    before = state(layer)
+    exact = layer.get_base_weight().double() + dW
+    layer.merge()
+    step = exact.abs().amax() * {"nf4": 0.2, "fp4": 0.3, "int8": 0.02}[kind]
+    assert (layer.get_base_weight() - exact).abs().max() < step
+    layer.unmerge()
+    assert_same(before, state(layer))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whatever looks at, records or differentiates torch's single ops gets the same numbers as without it."""
 
+import gc
 from functools import partial
 
 import pytest
@@ -86,6 +87,28 @@ def test_only_what_backward_needs_is_kept(needs, form):
     else:
         assert (64, 64) not in shapes and (32, 64) in shapes
     y.sum().backward()
+
+
+@pytest.mark.parametrize("needs", ["x", "factors", "both"])
+def test_the_copy_that_autocast_makes_of_a_frozen_weight_lives_as_long_as_backward_needs_it(needs):
+    """Not as an attribute of the node either, which saved_tensors_hooks would not see."""
+    model = get_peft_model(nn.Sequential(nn.Linear(46, 34)), config("0"))
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("krona_" in name and needs != "x")
+    x = torch.randn(3, 46, requires_grad=needs != "factors")
+
+    def copies():
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+        return sum(t.dtype == torch.bfloat16 and t.shape[-2:] in ((34, 46), (46, 34)) for t in tensors)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        y = model(x)
+    assert copies() == (needs != "factors")
+    y.sum().backward()
+    del y
+    assert copies() == 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.quantization_utils import (
+    QuantizationBackend,
+    quantization_extra_repr,
+    resolve_quantization_backend,
+)
 from torch import nn
 
 from .._compat import is_offloaded
@@ -67,7 +71,6 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self.base_scaling: dict[str, float] = {}
         self.layout: dict[str, Layout] = {}
         self.module_dropout: dict[str, float] = {}
-        self._drops = False  # whether an adapter has krona_dropout: asked in every call, so not of the modules
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True
@@ -75,8 +78,9 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self._shares: list[Share] = []  # what was merged, in the order of `merged_adapters`
 
         base = self.get_base_layer()
-        self.quantization_backend = resolve_quantization_backend(base, **kwargs.pop("quantization_kwargs", {}))
-        self.in_features, self.out_features = self._features(base)
+        self._quantization_kwargs: dict[str, Any] = kwargs.pop("quantization_kwargs", {})
+        self._quantization: tuple[tuple[type, type], QuantizationBackend | None] | None = None
+        _ = self.quantization_backend  # looked up now, as torch.compile cannot look into it
         self._active_adapter = adapter_name
         for module in (self, self.krona_A, self.krona_B, self.krona_dropout):
             module.training = base.training  # no dropout in a model that is in eval mode
@@ -118,7 +122,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
                 f"Cannot add adapter {adapter_name!r} to '{name}': an adapter of that name is merged into its base "
                 "weight. Unmerge it first (unmerge_adapter(), or unfuse_lora() in diffusers), or choose another name."
             )
-        n_out, n_in = self.out_features, self.in_features
+        n_in, n_out = self.in_features, self.out_features = self._features(self.get_base_layer())
         r, alpha, factors = config.for_layer(name)
         a_out, a_in = choose_factors(n_out, n_in, *factors, strict=config.strict_factors, layer=name)
         self.r[adapter_name] = r
@@ -129,7 +133,6 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self.module_dropout[adapter_name] = config.module_dropout
         dropout = nn.Dropout(config.krona_dropout) if config.krona_dropout else nn.Identity()
         self.krona_dropout[adapter_name] = dropout.train(self.training)
-        self._drops = self._drops or bool(config.krona_dropout)
         self.krona_A[adapter_name] = nn.Parameter(torch.empty(r, a_out, a_in))
         self.krona_B[adapter_name] = nn.Parameter(torch.empty(r, n_out // a_out, n_in // a_in, *self._kernel()))
         self.reset_parameters(adapter_name, config.init_weights)
@@ -184,6 +187,19 @@ class KronALayer(nn.Module, BaseTunerLayer):
         # Where PEFT puts new factors. An 8-bit float is a weight's storage, nothing computes or trains in it.
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         return device, torch.float32 if dtype is not None and is_float8(dtype) else dtype
+
+    @property
+    def quantization_backend(self) -> QuantizationBackend | None:  # type: ignore[override]  # PEFT has an attribute
+        """How PEFT reads and writes the base weight; None where it is not quantized.
+
+        Looked up anew when the base layer or its weight has become one of another class: models are quantized and
+        dequantized with adapters in them.
+        """
+        base = self.get_base_layer()
+        classes = type(base), type(base._parameters.get("weight"))
+        if self._quantization is None or self._quantization[0] != classes:
+            self._quantization = classes, resolve_quantization_backend(base, **self._quantization_kwargs)
+        return self._quantization[1]
 
     # -- merging ------------------------------------------------------------------------------------------------
 

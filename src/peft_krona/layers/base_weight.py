@@ -61,6 +61,7 @@ class BaseWeightSnapshot:
         # bitsandbytes keeps the 8-bit statistics beside the weight
         self._state = copy.copy(getattr(self._base_layer, "state", None)) if self._quantized else None
         self._owner = _owner_of(layer, self._base_layer)
+        self._merged_layer: nn.Module | None = None  # some backends (HQQ) replace the module on merge
         self._merged_bits: int | None = None
 
     def original(self, layer: BaseTunerLayer) -> torch.Tensor:
@@ -74,23 +75,28 @@ class BaseWeightSnapshot:
             self._swap(*current)
 
     def seal(self) -> None:
-        """Remember the merged weight's bits, to notice later whether something else changed it."""
+        """Remember the merged weight's module and bits, to notice later whether something else changed it."""
+        self._merged_layer = self._owner.base_layer
         if not self._quantized:
             self._merged_bits = _bits(self._base_layer.weight.data)
 
     def untouched(self) -> bool:
         """Whether the weight is still the one that the merge wrote."""
+        if self._owner.base_layer is not self._merged_layer:
+            return False
         return self._quantized or _bits(self._base_layer.weight.data) == self._merged_bits
 
     def reloaded(self) -> bool:
         """Whether something put the original back already, as loading a state dict does: no share is in it then."""
-        weight = self._base_layer.weight.data
-        return not self._quantized and torch.equal(self._weight.to(weight), weight)
+        if self._quantized:
+            return False
+        weight = self._owner.base_layer.weight.data
+        return weight.is_floating_point() and torch.equal(self._weight.to(weight), weight)
 
     def restore(self) -> None:
         """Put the original weight back, bit for bit."""
         if self._quantized:
-            self._owner.base_layer = self._base_layer  # some backends (HQQ) replace the module on merge
+            self._owner.base_layer = self._base_layer
             self._swap(self._weight, self._state)
         else:
             weight = self._base_layer.weight

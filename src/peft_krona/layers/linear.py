@@ -47,10 +47,9 @@ class Linear(KronALayer):
         modules: dict[str, Any] = self._modules
         name = active if isinstance(active, str) else active[0] if len(active) == 1 else ""
         factors_A = modules["krona_A"]
-        A = factors_A._parameters.get(name)
-        if A is None or is_offloaded(factors_A) or (frozen := self._plain_frozen_base(name)) is None:
+        A, B = factors_A._parameters.get(name), modules["krona_B"]._parameters.get(name)
+        if A is None or B is None or is_offloaded(factors_A) or (frozen := self._plain_frozen_base(name)) is None:
             return super().forward(x)
-        B = modules["krona_B"]._parameters[name]
         scale = self._scale(name) if self.training and self.module_dropout[name] else self.scaling[name]
         return kron_over_frozen(x, Update(A, B, scale), frozen, self.layout[name])
 
@@ -81,17 +80,15 @@ class Linear(KronALayer):
     def _plain_frozen_base(self, name: str) -> Frozen | None:
         """The base layer where base and adapter can be one autograd node, else None.
 
-        They can for a plain frozen nn.Linear that nothing hooks into. Asked in every forward, so it reads the modules'
-        dicts: a parameter or module through nn.Module.__getattr__ takes several times as long.
+        They can for a plain frozen nn.Linear, where nothing hooks into it or does anything to the adapter's input. Any
+        of that can be replaced by hand at any time, so it is asked in every forward, from the modules' dicts: a
+        parameter or module through nn.Module.__getattr__ takes several times as long.
         """
         modules: dict[str, Any] = self._modules
-        base = modules["base_layer"]
-        if (
-            base.__class__.forward is not _LINEAR
-            or has_hooks(base)
-            or self.quantization_backend is not None
-            or (self._drops and self.training and type(modules["krona_dropout"]._modules[name]) is not nn.Identity)
-        ):
+        base, dropout = modules["base_layer"], modules["krona_dropout"]._modules[name]
+        if base.__class__.forward is not _LINEAR or has_hooks(base) or has_hooks(dropout):
+            return None
+        if dropout.__class__ is not nn.Identity and (dropout.__class__ is not nn.Dropout or dropout.training):
             return None
         state = base.__dict__
         parameters = state["_parameters"]
