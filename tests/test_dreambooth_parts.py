@@ -42,6 +42,7 @@ from examples.dreambooth import (
 from examples.dreambooth.arguments import adapter_config, build_parser, parse_args, public_settings
 from examples.dreambooth.families import known
 from examples.dreambooth.families.stable_diffusion import StableDiffusion, StableDiffusionXL
+from peft_krona.convert import AdapterFile, LayerUpdate, export
 
 EXAMPLES = Path(data.__file__).resolve().parents[1]
 BASIC = ["--pretrained_model_name_or_path", "p", "--instance_data_dir", "d", "--instance_prompt", "a sks dog"]
@@ -152,6 +153,28 @@ def test_unfit_exports(adapter, tmp_path):
         files = exports.export_for_other_tools(tmp_path / "dog", kind, str(tiny_sd), str)
         assert bool(files) == (arguments.unfit_export(args) is None), kind
         exports.remove_exports(tmp_path / "dog")
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("unet.mid_block.attentions.0.transformer_blocks.9.attn1.to_q", "those for sdxl, guessed from the number of"),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "those for sd15, guessed from the input size"),
+        ("transformer.transformer_blocks.0.attn.to_q", None),
+    ],
+)
+def test_names_of_exports_for_a_model_on_the_hub(module, said, tmp_path):
+    """What is guessed is said; a transformer's names need no guess."""
+    component, _, name = module.partition(".")
+    n_in = 768 if name.endswith("to_k") else 3072 if component == "transformer" else 1280
+    n_out = 1280 if component == "unet" else 3072
+    layer = LayerUpdate(component, name, torch.randn(1, 64, 4), torch.randn(1, n_out // 64, n_in // 4))
+    export(AdapterFile((layer,)), tmp_path / "dog", "peft")
+    lines = []
+    files = exports.export_for_other_tools(tmp_path / "dog", "lokr", "somebody/model", lines.append)
+    assert len(files) == 1, lines
+    assert [line for line in lines if "guessed" in line] == [line for line in lines if said and said in line]
+    assert bool(said) == any("guessed" in line for line in lines)
 
 
 def test_flags_from_a_file(tmp_path):

@@ -305,6 +305,30 @@ def test_a_save_replaces_nothing_but_an_adapter(tmp_path, there, message):
     assert files == [tmp_path / there] and files[0].read_text() == "precious"
 
 
+@pytest.mark.parametrize("given", ["none", "a part", "empty tensors", "the whole"])
+def test_weights_that_are_spread_over_processes_are_saved_whole_or_not_at_all(tmp_path, given):
+    pipe = tiny.sd_pipeline()
+    add_krona(pipe, config(), text_encoder_config=config())
+    whole = pipe.unet.state_dict()
+    if given == "none":  # as ZeRO-3 leaves the parameters
+        for parameter in krona_layers(pipe.unet)["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"].parameters():
+            parameter.data = parameter.data.new_empty(0)
+        state_dicts = None
+    else:
+        part = {k: t for k, t in whole.items() if "mid_block" not in k or "krona_B" not in k}
+        empty = {k: t.new_empty(0) if "krona_" in k else t for k, t in whole.items()}
+        state_dicts = {"unet": {"a part": part, "empty tensors": empty, "the whole": whole}[given]}
+    if given == "the whole":
+        save_krona_weights(pipe, tmp_path / "out", state_dicts=state_dicts)
+        load_krona_weights(tiny.sd_pipeline(), tmp_path / "out")
+        return
+    message = r"all \d+ weights of the adapter 'default' of 'unet', got \d+ of them empty or not at all \(e\.g\. "
+    message += "" if given == "empty tensors" else ".*mid_block"
+    with pytest.raises(FormatError, match=message + r".*state_dicts={'unet': accelerator\.get_state_dict\(model\)}"):
+        save_krona_weights(pipe, tmp_path / "out", state_dicts=state_dicts)
+    assert not (tmp_path / "out").exists(), "nor anything of the other components"
+
+
 def test_a_lora_of_the_same_name_is_not_saved_as_krona(tmp_path):
     pipe = tiny.sd_pipeline()
     pipe.unet.add_adapter(LoraConfig(target_modules=["to_q"]), "default")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from peft_krona.convert import base_of_folder, export, guess_base, read_adapter
+from peft_krona.convert import BASES, base_of_folder, export, guess_base_and_why, names_need_base, read_adapter
 from peft_krona.errors import FormatError
 
 
@@ -36,7 +36,8 @@ def is_export(path: Path) -> bool:
 def export_for_other_tools(output: Path, kind: str, base_model: str, say: Callable[[str], None]) -> list[str]:
     """Write the adapter in `output` in the format `kind` ("auto", "lokr", ..., "none"); returns the files written.
 
-    `base_model`: folder or id of the pipeline that it was trained on.
+    `base_model`: folder or id of the pipeline that it was trained on. Of an id, the kind of Stable Diffusion that the
+    files' names are for is guessed from the adapter, and said.
 
     A format that cannot hold the adapter, or a model whose names other tools do not know, is said, not raised: the
     adapter is saved already, and `python -m peft_krona convert` can be tried later.
@@ -45,7 +46,13 @@ def export_for_other_tools(output: Path, kind: str, base_model: str, say: Callab
         return []
     try:
         adapter = read_adapter(output)
-        base = base_of_folder(base_model) if os.path.isdir(base_model) else guess_base(adapter)
+        base = None
+        if os.path.isdir(base_model):
+            base = base_of_folder(base_model)
+        elif names_need_base(adapter):
+            name, why = guess_base_and_why(adapter)
+            base = BASES[name]
+            say(f"The files' names are those for {name}, guessed from {why}.")
         report = export(adapter, output / f"{output.resolve().name}.safetensors", to=kind, base_model=base)
     except FormatError as error:
         say(f"Not exported as {kind}: {error}")

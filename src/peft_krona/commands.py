@@ -20,7 +20,6 @@ from ._command_line import in_flags
 from .convert import (
     BASES,
     FORMATS,
-    AdapterFile,
     UNetNames,
     base_of_folder,
     check_base,
@@ -28,6 +27,7 @@ from .convert import (
     export,
     from_difference,
     guess_base_and_why,
+    names_need_base,
     planned_files,
     read_adapter,
     shapes_of_folder,
@@ -57,7 +57,7 @@ def convert(options: argparse.Namespace) -> None:
     if options.trigger:
         adapter = replace(adapter, metadata={**adapter.metadata, "trigger_words": options.trigger})
     names = base.names
-    if names is None and options.to != "peft" and _names_need_base(adapter):
+    if names is None and options.to != "peft" and names_need_base(adapter):
         kind, why = guess_base_and_why(adapter)
         names = BASES[kind]
         print(f"base: {kind}, guessed from {why}; --base says it if that is wrong")
@@ -78,11 +78,6 @@ def convert(options: argparse.Namespace) -> None:
             adapter, options.output, options.to, base_model=names, dtype=dtype, split_terms=options.split_terms
         )
     print(in_flags(str(report)))
-
-
-def _names_need_base(adapter: AdapterFile) -> bool:
-    """Names in files for UNet pipelines depend on the base model; those for transformers do not."""
-    return all(component == "unet" or component.startswith("text_encoder") for component in adapter.components)
 
 
 def inspect(options: argparse.Namespace) -> None:

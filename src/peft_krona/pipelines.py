@@ -120,7 +120,7 @@ def save_krona_weights(
     Raises:
         ConfigError: if no model of the pipeline has a KronA adapter of that name.
         FormatError: if `save_directory` holds something else under these names: an adapter of a single model, or a
-            component's own weights. Nothing is written then.
+            component's own weights; or if weights are missing or empty. Nothing is written then.
     """
     configs = {
         name: config
@@ -134,13 +134,16 @@ def save_krona_weights(
         )
     root = Path(save_directory)
     _check_replaceable(root, configs)
-    root.mkdir(parents=True, exist_ok=True)
     models = models_of(pipe)
+    weights = {name: _weights_of(models[name], name, adapter_name, (state_dicts or {}).get(name)) for name in configs}
+    root.mkdir(parents=True, exist_ok=True)
     header = {"format": "pt", **(metadata or {})}
-    saved = [
-        _save_component(models[name], config, adapter_name, root / name, header, (state_dicts or {}).get(name))
-        for name, config in configs.items()
-    ]
+    saved = []
+    for name, config in configs.items():
+        config = copy.deepcopy(config)
+        config.inference_mode = True
+        config.base_model_name_or_path = config.base_model_name_or_path or _name_of(models[name])
+        saved.append(_write_component(weights[name], config, root / name, header))
     _remove_others(root, configs, models)
     return saved
 
@@ -439,14 +442,28 @@ def _remove_others(root: Path, saved: Collection[str], components: Collection[st
                 os.replace(folder, Path(scratch, folder.name))
 
 
-def _saved_names(model: nn.Module, adapter_name: str) -> list[str]:
+def _weights_of(
+    model: nn.Module, component: str, adapter_name: str, whole: Mapping[str, Any] | None
+) -> dict[str, torch.Tensor]:
+    """{key in the file: tensor} of an adapter. whole: the model's state dict, where it is not in the model itself.
+
+    Raises:
+        FormatError: if one of the adapter's weights is missing or empty there.
+    """
+    state_dict = get_peft_model_state_dict(
+        model, state_dict=whole, adapter_name=adapter_name, save_embedding_layers=False
+    )
     wrappers = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")  # not in saved names
     keys = (key.removesuffix(f".{adapter_name}") for key in factor_keys(model, adapter_name))
-    return [without_nesting(wrappers.sub("", key)) for key in keys]
-
-
-def _others(model: nn.Module, adapter_name: str) -> str:
-    return ", ".join(repr(name) for name in _configs(model) if name != adapter_name)
+    names = [without_nesting(wrappers.sub("", key)) for key in keys]
+    lost = [name for name in names if name not in state_dict or not state_dict[name].numel()]
+    if lost:
+        raise FormatError(
+            f"Expected all {len(names)} weights of the adapter {adapter_name!r} of {component!r}, got {len(lost)} of "
+            f"them empty or not at all (e.g. {lost[0]}). Where a model is spread over processes, pass "
+            f"state_dicts={{{component!r}: accelerator.get_state_dict(model)}}, with the whole model's tensors."
+        )
+    return {f"{PEFT_PREFIX}{key}": tensor.contiguous().cpu() for key, tensor in state_dict.items()}
 
 
 def _name_of(model: nn.Module) -> str | None:
@@ -456,34 +473,15 @@ def _name_of(model: nn.Module) -> str | None:
     return f"{cached[1]}/{cached[2]}" if cached else name or None
 
 
-def _save_component(
-    model: nn.Module,
-    config: KronAConfig,
-    adapter_name: str,
-    folder: Path,
-    metadata: dict[str, str],
-    whole: Mapping[str, Any] | None = None,
+def _write_component(
+    weights: dict[str, torch.Tensor], config: KronAConfig, folder: Path, metadata: dict[str, str]
 ) -> Path:
-    """`whole`: the model's state dict, where it is not in the model itself."""
-    state_dict = get_peft_model_state_dict(
-        model, state_dict=whole, adapter_name=adapter_name, save_embedding_layers=False
-    )
-    state_dict = {without_nesting(key): tensor for key, tensor in state_dict.items()}  # as PEFT >= 0.21 has done
-    lost = [key for key in _saved_names(model, adapter_name) if key not in state_dict]
-    if lost:  # PEFT before 0.21 leaves out what another adapter's name is a part of
-        raise FormatError(
-            f"PEFT leaves out {len(lost)} weights of the adapter {adapter_name!r} (e.g. {lost[0]}). Is another adapter "
-            f"({_others(model, adapter_name)}) named like a layer? Remove it, or load it under another name."
-        )
-    state_dict = {f"{PEFT_PREFIX}{key}": tensor.contiguous().cpu() for key, tensor in state_dict.items()}
-    config = copy.deepcopy(config)
-    config.inference_mode = True
-    config.base_model_name_or_path = config.base_model_name_or_path or _name_of(model)
+    """A PEFT folder in the place of what is there, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         new = Path(scratch, "new")
         new.mkdir()
         config.save_pretrained(str(new))
-        save_file(state_dict, new / SAFETENSORS_WEIGHTS_NAME, metadata=metadata)
+        save_file(weights, new / SAFETENSORS_WEIGHTS_NAME, metadata=metadata)
         old = Path(scratch, "old")
         if folder.exists():
             os.replace(folder, old)

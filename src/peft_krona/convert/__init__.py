@@ -12,7 +12,7 @@ files. What is known of one format is one record in `convert.formats`.
 ((40, 320), 'diffusekrona')
 """
 
-from .base_model import base_of_folder, check_base, describe_base, guess_base, guess_base_and_why
+from .base_model import base_of_folder, check_base, describe_base, guess_base, guess_base_and_why, names_need_base
 from .export import TO as FORMATS
 from .export import Report, choose_format, export, planned_files, to_diff, to_loha, to_lokr, to_lora, tolerance
 from .formats.krona import to_peft
@@ -45,6 +45,7 @@ __all__ = [
     "from_tensors",
     "guess_base",
     "guess_base_and_why",
+    "names_need_base",
     "nearest_kronecker",
     "planned_files",
     "read_adapter",

@@ -17,6 +17,11 @@ _BY_CROSS_ATTENTION = {names.cross_attention_dim: kind for kind, names in BASES.
 _LATER_BLOCK = re.compile(r"\.transformer_blocks\.[1-9]")
 
 
+def names_need_base(adapter: AdapterFile) -> bool:
+    """Whether names in files depend on the base model: for pipelines with a UNet they do, for transformers not."""
+    return all(component == "unet" or component.startswith("text_encoder") for component in adapter.components)
+
+
 def guess_base(adapter: AdapterFile) -> UNetNames:
     """The kind of Stable Diffusion that an adapter is for, from the sizes and names of its layers.
 
