@@ -70,20 +70,26 @@ def sees_single_ops() -> bool:
 # -- torch: what hangs on a module -------------------------------------------------------------------------------------
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs anything besides its class's `forward`, as by a hook of its own or for all."""
-    state = module.__dict__
-    return bool(
-        "forward" in state
-        or state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or _every._global_forward_hooks
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether calling one of them runs anything besides its class's `forward`, as by a hook of its own or for all."""
+    if (
+        _every._global_forward_hooks
         or _every._global_forward_pre_hooks
         or _every._global_backward_hooks
         or _every._global_backward_pre_hooks
-    )
+    ):
+        return True
+    for module in modules:
+        state = module.__dict__
+        if (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
+        ):
+            return True
+    return False
 
 
 # -- accelerate and diffusers ------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ class Linear(KronALayer):
         """
         modules: dict[str, Any] = self._modules
         base, dropout = modules["base_layer"], modules["krona_dropout"]._modules[name]
-        if base.__class__.forward is not _LINEAR or has_hooks(base) or has_hooks(dropout):
+        if base.__class__.forward is not _LINEAR or has_hooks(base, dropout):
             return None
         if dropout.__class__ is not nn.Identity and (dropout.__class__ is not nn.Dropout or dropout.training):
             return None

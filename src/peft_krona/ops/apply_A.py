@@ -28,7 +28,7 @@ def apply_A(y: torch.Tensor | None, A: torch.Tensor, h: torch.Tensor, plan: Plan
 
     y must be contiguous and owned by the caller: it is added to in place, inside the GEMM.
     """
-    _, a_out, _, b_out, _, layout, _, variant, *_ = plan
+    _, a_out, _, b_out, _, layout, _, variant, _, _ = plan
     if variant == "expanded":
         matrix = A if b_out == 1 else _expanded(A, plan)
         if y is None:
@@ -59,7 +59,7 @@ def backward_A(
 
     A (1, a_out, Q) and h (T, ...) are as in `apply_A`. h is only read for A's gradient.
     """
-    (need_h, need_A), (_, a_out, _, b_out, _, layout, _, variant, *_) = needs, plan
+    (need_h, need_A), (_, a_out, _, b_out, _, layout, _, variant, _, _) = needs, plan
     dh = dA = None
     if variant == "expanded":
         dy = dy if dy.dim() == 2 else dy.view(-1, a_out * b_out)
@@ -68,7 +68,7 @@ def backward_A(
         if need_A:
             assert h is not None
             dA = torch.mm(dy.t(), h)
-            dA = dA.unsqueeze(0) if b_out == 1 else _expanded_dA(dA, plan)
+            dA = dA.view(1, a_out, -1) if b_out == 1 else _expanded_dA(dA, plan)
         return dh, dA
     T, Q = dy.numel() // (a_out * b_out), A.shape[2]
     g = dy.view(T, a_out, b_out) if layout == "kron" else dy.view(T, b_out, a_out).mT

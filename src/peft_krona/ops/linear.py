@@ -81,17 +81,18 @@ def plan_of(
     x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, wanted: tuple[Layout, Order | None], dtype: torch.dtype
 ) -> Plan:
     """The plan for x (..., in), A (r, a_out, a_in) and B (r, b_out, b_in), after checking that they fit."""
-    if A.is_meta or B.is_meta or x.is_nested or x.layout is not torch.strided:
+    if A.is_meta or B.is_meta or x.is_nested or x.layout is not _STRIDED:
         check_values(x, A, B)
     if is_compiling():  # a graph has to serve any number of tokens
         plan = make_plan(A.shape, B.shape, *wanted, (A.device.type, dtype, MANY))
         check_width(x.shape, plan)
         return plan
     make = cached_plan if type(A) in _REAL and type(B) in _REAL and type(x) in _REAL else plan_for
-    return make(x.shape, A.shape, B.shape, wanted, (x.device, dtype, x.dtype is dtype and A.dtype is torch.float32))
+    return make(x.shape, A.shape, B.shape, wanted, (x.device, dtype, x.dtype is dtype and A.dtype is _FP32))
 
 
 _REAL = (torch.Tensor, torch.nn.Parameter)  # others, such as fake tensors, may have symbols for sizes
+_STRIDED, _FP32 = torch.strided, torch.float32
 
 
 def kron_over_frozen(x: torch.Tensor, update: Update, frozen: Frozen, layout: Layout) -> torch.Tensor:
@@ -105,7 +106,7 @@ def kron_over_frozen(x: torch.Tensor, update: Update, frozen: Frozen, layout: La
     if not x.is_contiguous():
         x = x.contiguous()
     if torch.is_grad_enabled():
-        return apply_node(KronAdd, unwrap_if_dead(x), A, B, None, (scale, frozen, plan))
+        return apply_node(KronAdd, unwrap_if_dead(x), A, B, None, (update, frozen, plan))
     return inplace_op(x, update, frozen, plan)[0]
 
 

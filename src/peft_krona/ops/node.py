@@ -2,7 +2,7 @@
 """What the autograd nodes of both backends have in common: their arguments, and what they keep for backward.
 
 A node computes base + product for the arguments (x, A, B, base, settings): autograd only sees tensors that are
-arguments of their own. What has no gradient is in `Settings`: s, the frozen layer, the plan.
+arguments of their own. `Settings` has the rest, as the ops take it: the update, the frozen layer, the plan.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from .operands import Base, Frozen, Update
 from .plan import Plan
 
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # of x, A and B
-Settings = tuple[float, Frozen | None, Plan]  # s, the frozen layer if that is the base, and the plan
+Settings = tuple[
+    Update, Frozen | None, Plan
+]  # A and B once more, with s; the frozen layer if that is the base; the plan
 
 
 def run(node: type[torch.autograd.Function], x: torch.Tensor, update: Update, base: Base, plan: Plan) -> torch.Tensor:
     """The node's output (..., out) for x (..., in)."""
     if type(base) is Frozen:
-        return apply_node(node, x, update[0], update[1], None, (update[2], base, plan))
-    return apply_node(node, x, update[0], update[1], base, (update[2], None, plan))
+        return apply_node(node, x, update[0], update[1], None, (update, base, plan))
+    return apply_node(node, x, update[0], update[1], base, (update, None, plan))
 
 
 def keep(ctx: Any, activations: tuple, frozen: Frozen | None, factors: tuple) -> None:

@@ -43,11 +43,11 @@ def matrices(update: Update, dtype: torch.dtype, plan: Plan) -> Matrices:
     A, B, scale = update
     if A.dtype is not dtype or B.dtype is not dtype or isinstance(scale, torch.Tensor) or scale != 1:
         A, B = cast_factors(update, dtype)
-    r, a_out, a_in, b_out, b_in, layout, order, variant, *_ = plan
+    r, a_out, a_in, b_out, b_in, layout, order, variant, _, _ = plan
     if order == "b_first":
         plain = variant == "expanded" and b_out == 1
         if r == 1:
-            return A.squeeze(0) if plain else A, B.squeeze(0)
+            return A.view(a_out, a_in) if plain else A, B.view(b_out, b_in)
         sizes = (a_out, a_in * r) if plain else (1, a_out, a_in * r)
         return A.permute(1, 2, 0).reshape(sizes), B.reshape(r * b_out, b_in)
     if layout == "kron":
@@ -105,12 +105,12 @@ def inplace_op(x: torch.Tensor, update: Update, base: Base, plan: Plan) -> tuple
         y = frozen_linear(x, base)
     else:
         y = None if base is None else base.clone(memory_format=torch.contiguous_format)
-    if plan[8]:  # in fp32: the product is rounded and added
+    if plan[8]:  # in fp32, and added before it is rounded
         x = x.float()
         m = matrices(update, x.dtype, plan)
         product, h = multiply(None, x, m, plan)
         if y is not None:
-            (y if y.dim() == 2 else y.view(-1, y.shape[-1])).add_(product.to(dtype))
+            (y if y.dim() == 2 else y.view(-1, y.shape[-1])).add_(product)
             return y, (x, h), m
     else:
         m = matrices(update, dtype, plan)
@@ -135,11 +135,11 @@ class KronAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, A, B, base, settings):
-        scale, frozen, plan = settings
-        y, kept, (mA, mB) = inplace_op(x, Update(A, B, scale), base if frozen is None else frozen, plan)
+        update, frozen, plan = settings
+        y, kept, (mA, mB) = inplace_op(x, update, base if frozen is None else frozen, plan)
         # The matrices besides the factors: they are views of them, or copies as small.
         keep(ctx, kept, frozen, (A, B, None if mA is A else mA, mB))
-        ctx.settings = scale, plan  # not the frozen layer: its weight is kept if it is needed
+        ctx.settings = update[2], plan  # not the frozen layer: its weight is kept if it is needed
         return y
 
     @staticmethod
@@ -168,7 +168,7 @@ def _node_gradients(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ..
         if weight is not None:
             rows = dy if dy.dim() == 2 else dy.view(-1, dy.shape[-1])
             # The large GEMM reads dX as it goes: quicker than adding the adapter's part last.
-            dX = dX.addmm_(rows, weight) if g is dy else torch.mm(rows, weight).add_(dX.to(dy.dtype))
+            dX = dX.addmm_(rows, weight) if g is dy else torch.mm(rows, weight).add_(dX)
         if dy.dim() != 2:
             dX = dX.view(*dy.shape[:-1], dX.shape[-1])
     if dA is not None and scale != 1:
@@ -183,7 +183,7 @@ def _node_gradients(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ..
 
 def _gradients_b_first(dy: torch.Tensor, kept: Kept, m: Matrices, plan: Plan, needs: Sequence[bool]) -> Gradients:
     """dy (..., out)."""
-    (x, U), (need_x, need_A, need_B, *_), (r, a_out, a_in, b_out, b_in, *_) = kept, needs, plan
+    (x, U), (need_x, need_A, need_B, _, _), (r, a_out, a_in, b_out, b_in, _, _, _, _, _) = kept, needs, plan
     dU, dA = backward_A(dy, m[0], U, plan, (need_x or need_B, need_A))
     dX = dB = None
     if dA is not None and r > 1:

@@ -45,10 +45,10 @@ class FusedAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, A, B, base, settings):
-        scale, frozen, plan = settings
-        y, h = _forward(x, Update(A, B, scale), base if frozen is None else frozen, plan)
+        update, frozen, plan = settings
+        y, h = _forward(x, update, base if frozen is None else frozen, plan)
         keep(ctx, (x, h), frozen, (A, B))
-        ctx.plan, ctx.scale = plan, scale
+        ctx.plan, ctx.scale = plan, update.scale
         return y
 
     @staticmethod
