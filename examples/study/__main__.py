@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The study:
 
-    python -m examples.study --quick                          # does everything run?  minutes; the numbers say nothing
-    python -m examples.study --experiments stability --minutes 120
+    python -m examples.study --quick                          # does everything run?  the numbers say nothing
+    python -m examples.study --minutes 120                    # a piece; the same command goes on
+    python -m examples.study --report --docs docs/evidence    # what has run by then, also into the documentation
 
-Finished runs are kept in OUTPUT/runs.jsonl: start it again and it goes on.  Each call ends with a report of what has
-run by then.
+Finished runs are kept in OUTPUT/runs.jsonl: start it again and it goes on.  Start it several times at once, and the
+processes share the runs.  Each call ends with a report of what has run by then.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections import Counter
 from pathlib import Path
 
-from . import plan, report
+from . import plan, report, schedule
 from .results import Results
 
 
@@ -25,41 +24,41 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m examples.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("output/study"), help="records, trainings and reports")
-    parser.add_argument("--experiments", nargs="+", choices=tuple(plan.EXPERIMENTS), default=list(plan.EXPERIMENTS))
-    parser.add_argument("--quick", action="store_true", help="four tiny runs instead")
+    parser.add_argument("--experiments", nargs="+", choices=plan.EXPERIMENTS, default=list(plan.USUAL))
+    parser.add_argument("--seeds", type=int, default=len(plan.SEEDS), help="of each run, at most")
+    parser.add_argument("--quick", action="store_true", help="a few tiny runs of each experiment instead")
     parser.add_argument("--minutes", type=float, help="start no run after so long")
     parser.add_argument("--report", action="store_true", help="only report what has run")
+    parser.add_argument("--docs", type=Path, metavar="FOLDER", help="report into FOLDER and the page FOLDER.md as well")
     args = parser.parse_args(argv)
+    if not 1 <= args.seeds <= len(plan.SEEDS):
+        parser.error(f"--seeds {args.seeds}: expected 1 to {len(plan.SEEDS)}")
+    if args.quick and args.docs:
+        parser.error("--docs with --quick: the numbers of a quick study say nothing, so they are not for a page")
 
     from .runs import demo, execute, fingerprint  # slow to import
 
-    sizes = plan.Sizes()
-    runs = plan.quick() if args.quick else [run for name in args.experiments for run in plan.EXPERIMENTS[name](sizes)]
     base = fingerprint(demo.PIPELINE)
-    keys = [run.key(base) for run in runs]
     output = args.output / "quick" if args.quick else args.output
     try:
         results = Results(output / "runs.jsonl")
+
+        def todo():
+            if args.quick:
+                return iter([(n, run) for n, run in plan.ordered(plan.quick()) if run.key(base) not in results])
+            return schedule.candidates(
+                args.experiments, args.seeds, results, base, lambda: schedule.frozen_rates(results, base, True)["rates"]
+            )
+
+        if not args.report:
+            schedule.work(todo, results, base, execute, args.minutes)
+        results.refresh()
+        tuned = schedule.frozen_rates(results, base, freeze=False)
+        runs = plan.quick() if args.quick else {name: plan.planned(name, tuned["rates"]) for name in plan.EXPERIMENTS}
+        print(report.write(runs, results.records, base, tuned, output, args.docs))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    end = time.time() + 60 * args.minutes if args.minutes else None
-    for number, (run, key) in enumerate(zip(runs, keys, strict=True), 1):
-        if args.report or key in results:
-            continue
-        if end and time.time() >= end:
-            print("Out of time; the same command goes on.")
-            break
-        print(
-            f"[{number} of {len(runs)}] {run.experiment}: {run.method}, {run.learning_rate:g}, {run.subject}",
-            flush=True,
-        )
-        results.add(execute(run, output / "training"))
-
-    for name in dict.fromkeys(run.experiment for run in runs):
-        planned = Counter((run.method, run.learning_rate) for run in runs if run.experiment == name)
-        own = [k for k, run in zip(keys, runs, strict=True) if run.experiment == name and k in results]
-        print(report.write(name, [results.records[k] for k in own], dict(planned), output))
     return 0
 
 

@@ -1,113 +1,193 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which trainings the study consists of.  Nothing here runs."""
+"""Which trainings the study consists of, and in which order.  Nothing here runs."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 
 # Settings may be chosen on these, and are reported on the others.
 CHOOSING = ("robot", "teapot", "guitar", "mushroom", "boot", "dog", "owl")
 REPORTED = ("unicorn", "duck", "teddy_bear", "snowman", "ghost", "backpack", "potted_plant", "cupcake")
-
-# Flags of examples/dreambooth_kron.py.  On the widths of the shipped pipeline's attention, 128 and 192, LoRA of rank 1
-# has about as many parameters as KronA (64, 4), and LoKr's default factors make both of its matrices full.
-METHODS = {
-    "krona 64,4": ("--adapter_type", "krona", "--krona_a_out", "64", "--krona_a_in", "4"),
-    "krona 64,8": ("--adapter_type", "krona", "--krona_a_out", "64", "--krona_a_in", "8"),
-    "lora r=1": ("--adapter_type", "lora", "--rank", "1"),
-    "lora r=4": ("--adapter_type", "lora", "--rank", "4"),
-    "lokr": ("--adapter_type", "lokr"),
-}
-RATES = tuple(round(4e-4 * 10 ** (2.5 * i / 6), 6) for i in range(7))  # 2.5 decades
 SEEDS = (0, 1, 2)
+
+# Flags of examples/dreambooth_kron.py, and the parameters on the shipped pipeline's attention, 128 and 192 wide.
+# LoRA's smallest rank has about KronA's parameters.  LoKr's default has exactly as many as KronA (64, 4): both of its
+# matrices are full there, so it is also the LoKr of equal parameters.  LoKr of factor 2 has as many as LoRA r=4.
+METHODS = {
+    "krona 64,4": ("--adapter_type", "krona", "--krona_a_out", "64", "--krona_a_in", "4"),  # 20,096
+    "krona 64,8": ("--adapter_type", "krona", "--krona_a_out", "64", "--krona_a_in", "8"),  # 31,552
+    "lora r=1": ("--adapter_type", "lora", "--rank", "1"),  # 17,920
+    "lora r=4": ("--adapter_type", "lora", "--rank", "4"),  # 71,680
+    "lokr": ("--adapter_type", "lokr", "--rank", "8"),  # 20,096; 8 is PEFT's default
+    "lokr f=2": ("--adapter_type", "lokr", "--rank", "8", "--lokr_factor", "2"),  # 71,904
+}
+STEP = 10 ** (2.5 / 6)  # between neighbouring rates: seven of them are 2.5 decades
+# The middle of each method's seven rates, as a step of `rate`, stated before any reported subject was trained: the best
+# of the experiment "choosing".
+CENTRES = {"krona 64,4": 0, "krona 64,8": 0, "lora r=1": -1, "lora r=4": -1, "lokr": 0, "lokr f=2": 0}
+
+
+def rate(step: int) -> float:
+    """Learning rates are 1e-2 times a power of `STEP`, so that those of two methods can be the same."""
+    return float(f"{1e-2 * STEP**step:.4g}")
+
+
+def rates_of(method: str) -> tuple[float, ...]:
+    return tuple(rate(CENTRES[method] + step) for step in range(-3, 4))
 
 
 @dataclass(frozen=True)
 class Sizes:
     """How much each training gets, and how many pictures are judged."""
 
-    steps: int = 120
+    steps: int = 100
     batch: int = 8
-    sampler_steps: int = 30
+    sampler_steps: int = 12
     backgrounds: int = 7  # of those that no instance picture has
-    unrelated: int = 20  # prompts that the adapter should leave alone
+    each: int = 2  # pictures of each background
+    unrelated: int = 8  # prompts that the adapter should leave alone
 
 
-QUICK = Sizes(steps=2, batch=1, sampler_steps=2, backgrounds=1, unrelated=1)
+QUICK = Sizes(steps=2, batch=1, sampler_steps=2, backgrounds=1, each=1, unrelated=1)
 
 
 @dataclass(frozen=True)
 class Run:
     """One training and what is judged of it."""
 
-    experiment: str
-    method: str
+    method: str  # its name in a report
     flags: tuple[str, ...]
     learning_rate: float
     seed: int
     subject: str
-    sizes: Sizes
+    sizes: Sizes = Sizes()
+    images: int = 5  # instance pictures that it gets
 
     def key(self, pipeline: str) -> str:
-        """What tells this run from any other one; `pipeline` is the fingerprint of the base model."""
-        fields = {k: v for k, v in asdict(self).items() if k not in ("sizes", "flags")}
-        sizes = asdict(self.sizes)
-        return "; ".join(
-            f"{k}={v}" for k, v in {**fields, "flags": " ".join(self.flags), **sizes, "base": pipeline}.items()
-        )
+        """What tells this run from any other one; `pipeline` is the fingerprint of the base model.  Experiments share
+        the runs that are the same but for a name."""
+        fields = {k: v for k, v in asdict(self).items() if k not in ("sizes", "flags", "method")}
+        fields = {"flags": " ".join(self.flags), **fields, **asdict(self.sizes), "base": pipeline}
+        return "; ".join(f"{k}={v}" for k, v in fields.items())
 
 
-def stability(sizes: Sizes) -> list[Run]:
-    """Which share of 2.5 decades of learning rates serves each method.  Seeds outermost: a part of it is balanced."""
+def krona(a_out: int, a_in: int, r: int = 1) -> tuple[str, ...]:
+    terms = ("--rank", str(r)) if r > 1 else ()
+    return ("--adapter_type", "krona", "--krona_a_out", str(a_out), "--krona_a_in", str(a_in), *terms)
+
+
+def turned(part: str) -> tuple[str, ...]:
+    """KronA (64, 4), but (4, 64) on one of the projections q, k, v, o."""
+    return (*krona(64, 4), f"--krona_unet_{part}_a_out", "4", f"--krona_unet_{part}_a_in", "64")
+
+
+def stability() -> list[Run]:
+    """Which share of 2.5 decades of learning rates serves each method."""
     return [
-        Run("stability", method, flags, rate, seed, subject, sizes)
-        for seed, subject, rate, (method, flags) in product(SEEDS, REPORTED, RATES, METHODS.items())
+        Run(method, flags, lr, seed, subject)
+        for seed, subject, (method, flags) in product(SEEDS, REPORTED, METHODS.items())
+        for lr in rates_of(method)
     ]
 
 
-def parameters(sizes: Sizes, rate: float = 1.5e-2) -> list[Run]:
-    """KronA from a tenth of LoRA r=4's parameters to twice as many, against LoRA's ranks."""
-    shapes = [
-        (64, 4, 1),
-        (32, 4, 1),
-        (16, 4, 1),
-        (64, 8, 1),
-        (64, 16, 1),
-        (64, 4, 2),
-        (64, 4, 4),
-        (16, 16, 1),
-        (4, 4, 1),
-    ]
-    methods = {
-        f"krona {o},{i} r={r}": (*METHODS["krona 64,4"][:2], *f"--krona_a_out {o} --krona_a_in {i} --rank {r}".split())
-        for o, i, r in shapes
-    } | {f"lora r={r}": ("--adapter_type", "lora", "--rank", str(r)) for r in (1, 2, 4, 8)}
+def choosing() -> list[Run]:
+    """Where the rates of each method lie, on other subjects than the reported ones."""
     return [
-        Run("parameters", method, flags, rate, seed, subject, sizes)
-        for seed, subject, (method, flags) in product(SEEDS, REPORTED, methods.items())
+        Run(method, flags, rate(step), 0, subject)
+        for subject, step, (method, flags) in product(("robot", "owl", "mushroom"), (0, -1, 1, -2, 2), METHODS.items())
     ]
 
 
-def factors(sizes: Sizes, rate: float = 1.5e-2) -> list[Run]:
-    """Pairs of factors at about equal parameters, large left or large right, and the two layouts."""
-    pairs = [(64, 4), (4, 64), (32, 4), (4, 32), (16, 16), (8, 32), (32, 8), (2, 64), (64, 2)]
-    methods = {
-        f"krona {o},{i}": ("--adapter_type", "krona", "--krona_a_out", str(o), "--krona_a_in", str(i)) for o, i in pairs
+# Beside those of METHODS.  KronA with one term takes the rate of (64, 4), and 1 / sqrt(r) of it with r terms: both were
+# found in regressions and on an earlier pipeline (docs/math.md).  Others take the geometric mean of two methods' rates.
+SHAPES = {f"krona {o},{i}": krona(o, i) for o, i in ((32, 4), (16, 4), (4, 4), (64, 16))}
+SHAPES |= {"krona 64,4 r=2": krona(64, 4, 2), "krona 64,4 r=4": krona(64, 4, 4)}
+OTHERS = {
+    "lora r=2": (("--adapter_type", "lora", "--rank", "2"), ("lora r=1", "lora r=4")),
+    "lora r=8": (("--adapter_type", "lora", "--rank", "8"), ("lora r=4", "lora r=4")),
+    "lokr f=4": (("--adapter_type", "lokr", "--rank", "8", "--lokr_factor", "4"), ("lokr", "lokr f=2")),
+}
+FACTORS = {f"krona {o},{i}": krona(o, i) for o, i in ((64, 4), (4, 64), (32, 8), (8, 32), (16, 16))}
+FACTORS |= {f"krona 64,4; {part} 4,64": turned(part) for part in "qkvo"}
+FACTORS |= {"krona 64,4 diffusekrona": (*krona(64, 4), "--layout", "diffusekrona")}
+FACTORS |= {"krona 64,8": krona(64, 8), "krona 64,2 r=2": krona(64, 2, 2)}  # r > 1 at about equal parameters
+
+
+def terms(flags: tuple[str, ...]) -> int:
+    return int(flags[flags.index("--rank") + 1]) if "--rank" in flags and flags[1] == "krona" else 1
+
+
+def at(rates: Mapping[str, float], flags: tuple[str, ...], between: tuple[str, str] = ("krona 64,4",) * 2) -> float:
+    """The rate of a method that has no curve of its own, from those that have."""
+    one, other = (rates[name] for name in between)
+    return float(f"{(one * other / terms(flags)) ** 0.5 if one != other else one * terms(flags) ** -0.5:.4g}")
+
+
+def parameters(rates: Mapping[str, float]) -> list[Run]:
+    """Quality by parameters, KronA, LoRA and LoKr.  On this pipeline KronA and LoRA both begin at a quarter of LoRA
+    r=4's parameters; fewer are not to be had."""
+    methods = {name: (flags, rates[name]) for name, flags in METHODS.items()}
+    methods |= {name: (flags, at(rates, flags)) for name, flags in SHAPES.items()}
+    methods |= {name: (flags, at(rates, flags, between)) for name, (flags, between) in OTHERS.items()}
+    return [
+        Run(name, flags, lr, seed, subject)
+        for seed, subject, (name, (flags, lr)) in product(SEEDS, REPORTED, methods.items())
+    ]
+
+
+def factors(rates: Mapping[str, float]) -> list[Run]:
+    """Large left or large right, in all projections or one; the two layouts; two terms for one."""
+    return [
+        Run(name, flags, at(rates, flags), seed, subject)
+        for seed, subject, (name, flags) in product(SEEDS, REPORTED, FACTORS.items())
+    ]
+
+
+def one_image(rates: Mapping[str, float]) -> list[Run]:
+    """One instance picture in place of five; the runs with five are those of "stability"."""
+    methods = ("krona 64,4", "lora r=1", "lora r=4", "lokr")
+    return [
+        Run(f"{name}, {images} image{'s' * (images > 1)}", METHODS[name], rates[name], seed, subject, images=images)
+        for seed, subject, name, images in product(SEEDS, REPORTED, methods, (1, 5))
+    ]
+
+
+FREE = {"choosing": choosing, "stability": stability}  # their rates are stated in this file
+TUNED = {"one_image": one_image, "factors": factors, "parameters": parameters}  # theirs follow from "stability"
+EXPERIMENTS = (*FREE, *TUNED)
+USUAL = ("stability", *TUNED)
+STATED = {method: rate(centre) for method, centre in CENTRES.items()}
+
+
+def planned(experiment: str, rates: Mapping[str, float] = STATED) -> list[Run]:
+    """The runs of one experiment; `rates`: each method's of METHODS, for those that need them."""
+    return FREE[experiment]() if experiment in FREE else TUNED[experiment](rates)
+
+
+def ordered(runs: Mapping[str, list[Run]]) -> list[tuple[str, Run]]:
+    """All runs, so that any first part of them is a fair study: seeds outermost; of a seed "stability" first, because
+    the others take their rates from it, then subject by subject, all experiments of it."""
+    places = {subject: i for i, subject in enumerate((*CHOOSING, *REPORTED))}
+    found = [(name, run) for name, some in runs.items() for run in some]
+    return sorted(found, key=lambda x: (x[1].seed, x[0] not in FREE, places[x[1].subject]))
+
+
+def quick() -> dict[str, list[Run]]:
+    """Does every experiment run?  Two subjects, as an interval needs; the numbers say nothing."""
+    two = REPORTED[:2]
+    wanted = {
+        "stability": {"krona 64,4": (METHODS["krona 64,4"], (1e-3, 1e-2)), "lora r=1": (METHODS["lora r=1"], (1e-2,))},
+        "parameters": {"lokr f=4": (OTHERS["lokr f=4"][0], (1e-2,))},
+        "factors": {"krona 64,4; q 4,64": (FACTORS["krona 64,4; q 4,64"], (1e-2,))},
+        "one_image": {"krona 64,4, 1 image": (METHODS["krona 64,4"], (1e-2,))},
     }
-    methods["krona 64,4 diffusekrona"] = (*METHODS["krona 64,4"], "--layout", "diffusekrona")
-    return [
-        Run("factors", method, flags, rate, seed, subject, sizes)
-        for seed, subject, (method, flags) in product(SEEDS, REPORTED, methods.items())
-    ]
-
-
-def quick() -> list[Run]:
-    """Does everything run?  Two subjects, as an interval needs; the numbers say nothing."""
-    return [
-        Run("stability", method, METHODS[method], 1e-2, 0, subject, QUICK)
-        for subject, method in product(REPORTED[:2], ("krona 64,4", "lora r=1"))
-    ]
-
-
-EXPERIMENTS = {"stability": stability, "parameters": parameters, "factors": factors}
+    return {
+        experiment: [
+            replace(Run(name, flags, lr, 0, subject, QUICK), images=1 if experiment == "one_image" else 5)
+            for subject, (name, (flags, rates)) in product(two, methods.items())
+            for lr in rates
+        ]
+        for experiment, methods in wanted.items()
+    }

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -15,13 +18,14 @@ import diffusers
 import numpy as np
 import peft
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 
 from examples import dreambooth_kron
-from examples.dreambooth import adapters, demo
+from examples.dreambooth import adapters, demo, evaluate
 from examples.dreambooth.arguments import parse_args
-from examples.dreambooth.data import image_files, open_image
-from examples.dreambooth.evaluate import for_sampling, load_pipeline, sample
+from examples.dreambooth.images import image_files, open_image
 from examples.emoji_sd.export import concepts
 from examples.emoji_sd.judge import Judge, background_colour
 from examples.emoji_sd.render import COLOURS, article
@@ -32,6 +36,14 @@ from .plan import Run, Sizes
 
 GUIDANCE = 4.0
 SIZE = (64, 64)
+TIMED = 3  # of these the quickest counts
+# of {thing} and {colour}; the long ones use words that the pipeline was trained on, all that a caption can have
+LONG = (
+    "a photo of a small {thing} on a gradient {colour} background",
+    "a picture of a large {thing} on a striped {colour} background",
+    "a photo of a {thing} on a gradient {colour} background on the left",
+    "a picture of a {thing} on a striped {colour} background on the right",
+)
 
 
 @lru_cache(maxsize=1)
@@ -48,6 +60,7 @@ def fingerprint(pipeline: Path) -> str:
     return total.hexdigest()[:12]
 
 
+@lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     root = Path(__file__).resolve().parents[2]
     found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
@@ -57,6 +70,30 @@ def versions() -> dict[str, str]:
     }  # fmt: skip
 
 
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Let the training take attention without a fused kernel: on a CPU, 256 tokens at most, a sixth of its time."""
+    original = evaluate.base_pipeline
+
+    def base_pipeline(*args: Any, **kwargs: Any) -> Any:
+        pipe = original(*args, **kwargs)
+        pipe.unet.set_attn_processor(AttnProcessor())
+        return pipe
+
+    evaluate.base_pipeline = base_pipeline
+    try:
+        yield
+    finally:
+        evaluate.base_pipeline = original
+
+
+def load(pipeline: Path) -> Any:
+    """In bf16 as it was trained; the VAE in fp32."""
+    pipe = evaluate.load_pipeline(str(pipeline), torch.bfloat16, vae_dtype=torch.float32)
+    pipe.unet.set_attn_processor(AttnProcessor())
+    return pipe
+
+
 def unrelated_prompts(pipeline: Path, count: int) -> list[str]:
     """Prompts of other things that the base model draws; the same for every run."""
     rng = np.random.default_rng(4242)
@@ -64,70 +101,183 @@ def unrelated_prompts(pipeline: Path, count: int) -> list[str]:
     return [f"{article(str(n))} on {article(str(rng.choice(list(COLOURS))))} background" for n in names]
 
 
-def draw(pipe: Any, prompts: list[str], first_seed: int, sizes: Sizes) -> list:
-    """One picture a prompt, each from a seed of its own."""
-    seeds = [first_seed + i for i in range(len(prompts))]
+def draw(pipe: Any, prompts: list[str], seeds: list[int], sizes: Sizes) -> list:
+    """One picture a prompt, all in one batch."""
     settings = {"num_inference_steps": sizes.sampler_steps, "guidance_scale": GUIDANCE}
-    with for_sampling(pipe):
-        return sample(pipe, prompts, seeds, SIZE, batch=28, **settings)
+    with evaluate.for_sampling(pipe):
+        return evaluate.sample(pipe, prompts, seeds, SIZE, batch=len(prompts), **settings)
 
 
 @lru_cache(maxsize=4)
-def unrelated_features(pipeline: Path, sizes: Sizes) -> torch.Tensor:
+def unrelated_features(pipeline: Path, sizes: Sizes) -> Tensor:
     """What the base model makes of the unrelated prompts, N x 1280."""
-    pictures = draw(load_pipeline(str(pipeline)), unrelated_prompts(pipeline, sizes.unrelated), 9000, sizes)
+    prompts = unrelated_prompts(pipeline, sizes.unrelated)
+    pictures = draw(load(pipeline), prompts, [9000 + i for i in range(len(prompts))], sizes)
     return judges()[1].features(pictures)
+
+
+@lru_cache(maxsize=32)
+def instances(subject: str) -> tuple[tuple, Tensor]:
+    """The subject's pictures and their features, N x 1280."""
+    pictures = tuple(open_image(path) for path in image_files(demo.ASSETS / "subjects" / subject / "input"))
+    return pictures, judges()[1].features(pictures)
+
+
+def layers_of(model: torch.nn.Module) -> list[BaseTunerLayer]:
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
 
 
 def update_norm(model: torch.nn.Module) -> float:
     """The Frobenius norm of the change of all adapted weights together."""
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    squares = [m.get_delta_weight(n).detach().double().square().sum() for m in layers for n in m.active_adapters]
+    squares = [
+        m.get_delta_weight(n).detach().double().square().sum() for m in layers_of(model) for n in m.active_adapters
+    ]
     return float(torch.stack(squares).sum().sqrt())
 
 
+def quickest(function: Any) -> float:
+    """CPU seconds."""
+    found = []
+    for _ in range(TIMED):
+        started = time.process_time()
+        function()
+        found.append(time.process_time() - started)
+    return min(found)
+
+
+class Costs:
+    """What an adapter costs a U-Net, on made-up inputs of the training's batch."""
+
+    def __init__(self, unet: torch.nn.Module, batch: int):
+        generator = torch.Generator().manual_seed(0)
+        config = unet.config
+        self.unet = unet
+        self.inputs = (
+            torch.randn(batch, config.in_channels, *[config.sample_size] * 2, generator=generator).to(unet.dtype),
+            torch.full((batch,), 500),
+            torch.randn(batch, 16, config.cross_attention_dim, generator=generator).to(unet.dtype),
+        )
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        self.unet(*self.inputs)
+
+    def update(self) -> None:
+        self.unet(*self.inputs).sample.float().square().mean().backward()
+
+    def adapted(self) -> dict[str, float]:
+        """Once the U-Net has its adapter, which is merged afterwards: CPU seconds of an update (forward and backward)
+        and of a forward pass with the adapter beside the weights and in them; bytes kept for the backward pass,
+        parameters apart."""
+        own = {p.untyped_storage().data_ptr() for p in self.unet.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        layers = layers_of(self.unet)
+        for layer in layers:
+            for name in layer.adapter_layer_names:
+                getattr(layer, name).requires_grad_(True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.update()
+        found = {"activation_bytes": float(sum(kept.values())), "seconds_update": quickest(self.update)}
+        found["seconds_unmerged"] = quickest(self.forward)
+        for layer in layers:
+            layer.merge()
+        return found | {"seconds_merged": quickest(self.forward)}
+
+
+def some_images(subject: str, count: int, folder: Path) -> list[str]:
+    """Flags for a training on the first `count` of the subject's pictures."""
+    source = demo.ASSETS / "subjects" / subject / "input"
+    files = image_files(source)
+    if count == len(files):
+        return []
+    if not 1 <= count < len(files):
+        raise ValueError(f"{count} images of {subject}: expected 1 to {len(files)}, as many as there are")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in files[:count]:
+        shutil.copy2(path, folder / path.name)
+    return ["--instance_data_dir", str(folder), "--repeats", str(8 * len(files))]  # so that a batch is as full
+
+
 def execute(run: Run, folder: Path, pipeline: Path = demo.PIPELINE) -> dict[str, Any]:
-    """Train, draw and judge; `folder` holds the training's output and is written over.
+    """Train, draw and judge; what the training writes goes to `folder`, over what was there.
 
     Returns the run's fields with
         subject_right: share of pictures that the judge names after the subject, first of all names
-        similarity: mean cosine between the pictures and the instance pictures, by the encoder that is not ours
         background_right: share of pictures with the prompt's background colour
+        both_right: share of pictures with both
+        similarity: mean cosine between the pictures and the instance pictures, by the encoder that is not ours
+        own_similarity: the same by the judge, in its space that knows no names
+        alignment: mean cosine, by the judge, between the pictures and their prompts with the subject's name
+        long_right: both_right of the long prompts
         drift: mean feature distance of the unrelated prompts' pictures from the base model's
-        update_norm, parameters, file_bytes, seconds_training (of the process), versions
+        update_norm, parameters, file_bytes, seconds_training (CPU, with what is done before the first step),
+        those of `Costs` and seconds_base, seconds_run (CPU, of all this), versions
     """
+    begun = time.process_time()
     flags = [
-        "--demo", run.subject, "--output_dir", str(folder), "--seed", str(run.seed), *run.flags,
+        "--demo", run.subject, "--output_dir", str(folder / "adapter"), "--seed", str(run.seed), *run.flags,
         "--learning_rate", str(run.learning_rate), "--max_train_steps", str(run.sizes.steps),
         "--train_batch_size", str(run.sizes.batch), "--checkpointing_steps", "1000000", "--export", "none",
-        "--report_to", "none", "--pretrained_model_name_or_path", str(pipeline),
+        "--report_to", "none", "--pretrained_model_name_or_path", str(pipeline), "--mixed_precision", "bf16",
+        *some_images(run.subject, run.images, folder / "images"),
     ]  # fmt: skip
-    started = time.process_time()
     args = parse_args(flags, demo.settings)
-    summary = dreambooth_kron.main(args)
-    seconds = time.process_time() - started
+    with plain_attention():
+        summary = dreambooth_kron.main(args)
+    seconds = time.process_time() - begun
     if summary["interrupted"]:
         raise KeyboardInterrupt
 
     judge, encoder = judges()
-    prompts = dict(list(demo.prompts_of(run.subject, args.instance_prompt).items())[: run.sizes.backgrounds])
-    pipe = load_pipeline(str(pipeline))
-    adapters.load(pipe, folder)
-    pictures = draw(pipe, list(prompts.values()), 1000 * (run.seed + 1), run.sizes)
-    unrelated = draw(pipe, unrelated_prompts(pipeline, run.sizes.unrelated), 9000, run.sizes)
-    concept = demo.subjects()[run.subject]["concept"]
+    sizes = run.sizes
+    concept, thing = demo.subjects()[run.subject]["concept"], args.instance_prompt.split(" ", 1)[1]
+    short = list(demo.prompts_of(run.subject, args.instance_prompt).items())[: sizes.backgrounds]
+    long = [(c, text) for (c, _), text in zip(short, LONG, strict=False)]
+    colours = [c for c, _ in short for _ in range(sizes.each)]
+    prompts = [prompt for _, prompt in short for _ in range(sizes.each)]
+    prompts += [text.format(thing=thing, colour=c) for c, text in long]
+    seeds = [1000 * (run.seed + 1) + i for i in range(len(prompts))]
+    unrelated = unrelated_prompts(pipeline, sizes.unrelated)
+    pipe = load(pipeline)
+    costs = Costs(pipe.unet, sizes.batch)
+    seconds_base = quickest(costs.forward)
+    adapters.load(pipe, folder / "adapter")
+    drawn = draw(pipe, prompts + unrelated, seeds + [9000 + i for i in range(len(unrelated))], sizes)
+    pictures, others = drawn[: len(prompts)], drawn[len(prompts) :]
+
     named = [judge.names[i] == concept for i in judge.concept_scores(pictures).argmax(1).tolist()]
-    found = [colour == seen for colour, seen in zip(prompts, background_colour(pictures), strict=True)]
-    instances = [open_image(path) for path in image_files(demo.ASSETS / "subjects" / run.subject / "input")]
-    return {k: v for k, v in asdict(run).items() if k != "sizes"} | asdict(run.sizes) | {
+    wanted = colours + [c for c, _ in long]
+    found = [a == b for a, b in zip(wanted, background_colour(pictures), strict=True)]
+    both = [a and b for a, b in zip(named, found, strict=True)]
+    n = len(colours)
+    texts = [f"{article(concept)} on {article(c)} background" for c in colours]
+    originals, features = instances(run.subject)
+    own = encoder.features(pictures[:n] + others)
+    mean_cosine = torch.nn.functional.normalize(own[:n], dim=1) @ torch.nn.functional.normalize(features, dim=1).T
+    record = {k: v for k, v in asdict(run).items() if k not in ("sizes", "method")} | asdict(sizes) | {
         "key": run.key(fingerprint(pipeline)),
-        "subject_right": sum(named) / len(named),
-        "similarity": float(encoder.similarity(pictures, instances).mean()),
-        "background_right": sum(found) / len(found),
-        "drift": float(drift(unrelated_features(pipeline, run.sizes), encoder.features(unrelated)).mean()),
+        "base": fingerprint(pipeline),
+        "subject_right": sum(named[:n]) / n,
+        "background_right": sum(found[:n]) / n,
+        "both_right": sum(both[:n]) / n,
+        "similarity": float(mean_cosine.mean()),
+        "own_similarity": float(judge.subject_similarity(pictures[:n], originals).mean()),
+        "alignment": float(judge.text_similarity(pictures[:n], texts).diagonal().mean()),
+        "long_right": sum(both[n:]) / len(long),
+        "drift": float(drift(unrelated_features(pipeline, sizes), own[n:]).mean()),
         "update_norm": update_norm(pipe.unet),
         "parameters": summary["trainable parameters"],
         "file_bytes": summary["adapter file, bytes"],
         "seconds_training": round(seconds, 2),
         "versions": versions(),
     }  # fmt: skip
+    record |= {"seconds_base": seconds_base} | costs.adapted()
+    return record | {"seconds_run": round(time.process_time() - begun, 2)}

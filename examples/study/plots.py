@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plots of a summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+SIZES = {"stability": (11, 8), "parameters": (7, 4.5), "factors": (8, 4.5)}
+LABEL = "right subject on the right background"
+
+
+def save(figure: Figure, path: Path) -> Path:
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=90, format="png", metadata={"Software": None})
+    temporary.replace(path)
+    return path
+
+
+def stability(summary: Mapping[str, Any], path: Path) -> Path:
+    """Quality above the learning rate and the norm of the update, and its two parts: a line a method, the 95 % interval
+    shaded; rates that were dropped as crosses, of the first subjects alone."""
+    found = summary["stability"]
+    figure = Figure(figsize=SIZES["stability"], layout="constrained")
+    axes = figure.subplots(2, 2, sharey=True)
+    panels = (
+        (axes[0, 0], "learning_rate", "both_right", LABEL), (axes[0, 1], "update_norm", "both_right", LABEL),
+        (axes[1, 0], "learning_rate", "subject_right", "right subject"),
+        (axes[1, 1], "learning_rate", "background_right", "right background"),
+    )  # fmt: skip
+    for axis, across, measure, label in panels:
+        for i, method in enumerate(dict.fromkeys(r["method"] for r in found["rows"])):
+            points = [r for r in found["rows"] if r["method"] == method and r[measure] and r["update_norm"]]
+            dropped = found.get("dropped", {}).get(method, ())
+            for group, style in (
+                ([r for r in points if r["learning_rate"] not in dropped], {"marker": "o"}),
+                ([r for r in points if r["learning_rate"] in dropped], {"marker": "x", "linestyle": "none"}),
+            ):
+                xs = [r[across] if across == "learning_rate" else r[across]["mean"] for r in group]
+                group = [r for _, r in sorted(zip(xs, group, strict=True), key=lambda pair: pair[0])]
+                name = method if style["marker"] == "o" else None
+                axis.plot(sorted(xs), [r[measure]["mean"] for r in group], color=f"C{i}", label=name, **style)
+                if style["marker"] == "o":
+                    ends = [[r[measure][end] for r in group] for end in ("low", "high")]
+                    axis.fill_between(sorted(xs), *ends, color=f"C{i}", alpha=0.08)
+        across = across.replace("learning_rate", "learning rate").replace("update_norm", "norm of dW")
+        axis.set(xscale="log", xlabel=across, ylabel=label, ylim=(-0.02, 1.02))
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize="small")
+    return save(figure, path)
+
+
+def spread(axis: Any, x: float, value: Mapping[str, float], **style: Any) -> None:
+    """A point and its interval."""
+    ends = [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
+    axis.errorbar([x], [value["mean"]], yerr=ends, marker="o", capsize=2, **style)
+
+
+def parameters(summary: Mapping[str, Any], path: Path) -> Path:
+    """Quality by parameters; a colour a family."""
+    figure = Figure(figsize=SIZES["parameters"], layout="constrained")
+    axis = figure.subplots()
+    counts = {r["method"]: r["parameters"] for r in summary["parameters"]["rows"]}
+    named = set()
+    for method, value in summary["parameters"]["means"].items():
+        if value["both_right"] is None:
+            continue
+        family = method.split()[0]
+        label = None if family in named else family
+        named.add(family)
+        color = {"krona": "C0", "lora": "C1", "lokr": "C2"}[family]
+        spread(axis, counts[method], value["both_right"], color=color, label=label)
+        axis.annotate(method.removeprefix(family), (counts[method], value["both_right"]["mean"]), fontsize="x-small")
+    axis.set(xscale="log", xlabel="parameters", ylabel=LABEL, ylim=(-0.02, 1.02))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return save(figure, path)
+
+
+def factors(summary: Mapping[str, Any], path: Path) -> Path:
+    """A point a pair of factors."""
+    figure = Figure(figsize=SIZES["factors"], layout="constrained")
+    axis = figure.subplots()
+    means = {m: v["both_right"] for m, v in summary["factors"]["means"].items() if v["both_right"]}
+    for i, value in enumerate(means.values()):
+        spread(axis, i, value, color="C0")
+    axis.set_xticks(range(len(means)), list(means), rotation=40, ha="right", fontsize="small")
+    axis.set(ylabel=LABEL, ylim=(-0.02, 1.02))
+    axis.grid(alpha=0.3)
+    return save(figure, path)
+
+
+def write(summary: Mapping[str, Any], folder: Path) -> list[Path]:
+    """The plots of which something has been run."""
+    found = []
+    if any(r["both_right"] for r in summary.get("stability", {}).get("rows", ())):
+        found.append(stability(summary, folder / "stability.png"))
+    for name, draw in (("parameters", parameters), ("factors", factors)):
+        if any(v["both_right"] for v in summary.get(name, {}).get("means", {}).values()):
+            found.append(draw(summary, folder / f"{name}.png"))
+    return found

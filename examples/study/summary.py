@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All numbers of a study as plain JSON; tables and plots are made of it and of nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from examples.measure.intervals import Interval, interval
+
+from . import claims, rules
+from .plan import METHODS, Run
+from .statistics import (
+    WITHIN,
+    Cell,
+    Curve,
+    Values,
+    balanced,
+    by_subject,
+    cells,
+    left_out,
+    percentiles,
+    resampled,
+    widths,
+)
+
+MEASURES = (
+    "both_right", "subject_right", "background_right", "similarity", "own_similarity", "alignment", "long_right",
+    "drift", "update_norm",
+)  # fmt: skip
+COSTS = (
+    "seconds_training", "seconds_update", "activation_bytes", "file_bytes", "seconds_unmerged", "seconds_merged",
+    "seconds_base", "seconds_run",
+)  # fmt: skip
+OWN = "krona 64,4"  # what the others are compared with
+Records = Mapping[str, dict[str, Any]]
+
+
+def plain(found: Interval) -> dict[str, Any]:
+    """Six digits: the rest is noise, and files stay readable."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in found._asdict().items()}
+
+
+def mean(values: Values) -> dict[str, Any] | None:
+    """None below two subjects, of which no interval can be made."""
+    return plain(interval({s: [v] for s, v in values.items()})) if len(values) > 1 else None
+
+
+def difference(one: Values, other: Values) -> dict[str, Any] | None:
+    """`one` minus `other` on the subjects that both have."""
+    return mean({s: one[s] - other[s] for s in one.keys() & other.keys()})
+
+
+def ratio(one: Values, other: Values) -> dict[str, Any] | None:
+    return mean({s: one[s] / other[s] for s in one.keys() & other.keys()})
+
+
+def summarize(
+    runs: Mapping[str, Sequence[Run]], records: Records, base: str, tuned: Mapping[str, Any]
+) -> dict[str, Any]:
+    """
+    Args:
+        runs: {experiment: what is planned}. tuned: as `schedule.frozen_rates` gives it.
+    """
+    done = {run.key(base) for some in runs.values() for run in some} & records.keys()
+    whole: dict[str, Any] = {
+        "base": base,
+        "versions": [json.loads(v) for v in sorted({json.dumps(records[k]["versions"], sort_keys=True) for k in done})],
+        "cpu_hours": round(sum(records[k]["seconds_run"] for k in done) / 3600, 3),
+        "rule": rules.RULE,
+        "tuning": rules.TUNING,
+        "tuned": dict(tuned),
+    }
+    for name, some in runs.items():
+        by_cell = cells(some, records, base)
+        found = {
+            "planned": len(some),
+            "done": sum(run.key(base) in records for run in some),
+            "rows": [
+                row(cell, own, sum((r.method, r.learning_rate) == cell for r in some)) for cell, own in by_cell.items()
+            ],
+        }
+        if name == "stability":
+            found |= stability(
+                by_cell, {m: rules.dropped_rates(records, m, base) or () for m, _ in by_cell if m in METHODS}
+            )
+            whole["cost"] = cost(by_cell)
+        elif name in ("factors", "parameters", "one_image"):
+            found |= compared(by_cell, ", 1 image" if name == "one_image" else "")
+        whole[name] = found
+    if factors := whole.get("factors"):
+        factors["terms"] = two(cells(runs["factors"], records, base), "krona 64,2 r=2", "krona 64,8")
+    if one_image := whole.get("one_image"):
+        by_cell = cells(runs["one_image"], records, base)
+        one_image["fewer"] = {m: two(by_cell, f"{m}, 1 image", f"{m}, 5 images") for m in METHODS}
+    whole["claims"] = claims.decided(whole)
+    return whole
+
+
+def row(cell: Cell, own: Sequence[dict[str, Any]], planned: int) -> dict[str, Any]:
+    """What a cell has, balanced or not."""
+    pairs = {(r["subject"], r["seed"]) for r in own}
+    return {
+        "method": cell[0], "learning_rate": cell[1], "runs": len(own), "planned": planned,
+        "subjects": len({s for s, _ in pairs}), "parameters": own[0]["parameters"] if own else None,
+    } | {measure: mean(by_subject(own, pairs, measure)) for measure in MEASURES}  # fmt: skip
+
+
+def stability(by_cell: Mapping[Cell, list[dict[str, Any]]], dropped: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Curves, widths and comparisons at each method's best rate; `dropped`: rates that got no more runs."""
+    kept = {cell: own for cell, own in by_cell.items() if cell[1] not in dropped.get(cell[0], ())}
+    pairs = balanced(kept)
+    subjects = {s for s, _ in pairs}
+    found: dict[str, Any] = {
+        "dropped": {method: list(rates) for method, rates in dropped.items()},
+        "pairs": len(pairs), "subjects": sorted(subjects), "within": WITHIN,
+    }  # fmt: skip
+    if len(subjects) < 2:
+        return found
+    methods = list(dict.fromkeys(method for method, _ in by_cell))
+    curves = {m: curve(m, by_cell, pairs, dropped.get(m, ())) for m in methods}
+    found["widths"], found["wider"], found["rates"] = {}, {}, {}
+    for axis in ("rates", "norms"):
+        own = widths(curves, axis)
+        spans = {m: curves[m].span(axis=axis) for m in methods}
+        found["widths"][axis] = {
+            m: plain(percentiles(own[m], len(subjects)))
+            | {
+                "from": float(f"{10 ** spans[m].low:.4g}"),
+                "to": float(f"{10 ** spans[m].high:.4g}"),
+                "open": spans[m].open,
+            }
+            for m in methods
+        }
+        found["wider"][axis] = {
+            m: plain(percentiles(own[OWN] - own[m], len(subjects))) for m in methods if OWN in methods and m != OWN
+        }
+    chosen: dict[str, dict[str, float]] = {}
+    for m in methods:
+        quality = {lr: by_subject(own, pairs, rules.QUALITY) for (method, lr), own in kept.items() if method == m}
+        chosen[m] = left_out(quality)
+    found["best"] = {}
+    at_best: dict[str, dict[str, Values]] = {}
+    for m in methods:
+        at_best[m] = {
+            measure: {s: by_subject(kept[m, lr], pairs, measure)[s] for s, lr in chosen[m].items()}
+            for measure in MEASURES
+        }
+        found["best"][m] = {
+            "learning_rates": chosen[m],
+            "parameters": next(r["parameters"] for (method, _), own in kept.items() if method == m for r in own),
+        } | {measure: mean(values) for measure, values in at_best[m].items()}
+    if OWN in methods:
+        found["paired"] = {
+            m: {measure: difference(at_best[OWN][measure], at_best[m][measure]) for measure in MEASURES}
+            for m in methods
+            if m != OWN
+        }
+        found["rates"] = {m: best_ratio(curves[OWN], curves[m]) for m in methods if m != OWN}
+        found["ends"] = {}
+        rates = sorted(lr for method, lr in kept if method == OWN)
+        for name, lr in (("low", rates[0]), ("high", rates[-1])):
+            for measure in ("subject_right", "background_right"):
+                there = by_subject(kept[OWN, lr], pairs, measure)
+                found["ends"][f"{measure} {name}"] = difference(at_best[OWN][measure], there)
+    return found
+
+
+def curve(
+    method: str, by_cell: Mapping[Cell, list[dict[str, Any]]], pairs: set[tuple[str, int]], dropped: Sequence[float]
+) -> Curve:
+    rates = sorted(lr for m, lr in by_cell if m == method)
+    subjects = tuple(sorted({s for s, _ in pairs}))
+    quality = np.full((len(subjects), len(rates)), np.nan)
+    norms = np.zeros(len(rates))
+    for i, lr in enumerate(rates):
+        own = by_cell[method, lr]
+        norms[i] = np.mean([r["update_norm"] for r in own])
+        if lr not in dropped:
+            values = by_subject(own, pairs, rules.QUALITY)
+            quality[:, i] = [values[s] for s in subjects]
+    deficit, reference = np.zeros(len(rates)), int(np.nanargmax(quality.mean(0)))
+    if dropped:
+        first = [np.mean([r[rules.QUALITY] for r in by_cell[method, lr] if rules.counts(r)]) for lr in rates]
+        reference = int(np.argmax(first))
+        deficit = first[reference] - np.array(first)
+    return Curve(np.array(rates), norms, subjects, quality, deficit, reference)
+
+
+def best_ratio(one: Curve, other: Curve) -> dict[str, Any]:
+    """Of the two best rates, each that of the curve smoothed over neighbours, subjects resampled together."""
+
+    def best(curve: Curve, rows: Any) -> float:
+        return float(curve.rates[rules.smoothed_best(list(curve.mean(rows)))])
+
+    rows = [slice(None), *resampled(len(one.subjects))]
+    return plain(percentiles(np.array([best(one, r) / best(other, r) for r in rows]), len(one.subjects)))
+
+
+def compared(by_cell: Mapping[Cell, list[dict[str, Any]]], kind: str) -> dict[str, Any]:
+    """Each method minus `OWN`, on the pairs that all have; the other way round: `OWN` minus each."""
+    pairs = balanced(by_cell)
+    values = {
+        method: {measure: by_subject(own, pairs, measure) for measure in MEASURES}
+        for (method, _), own in by_cell.items()
+    }
+    own = values.get(OWN + kind)
+    found: dict[str, Any] = {"pairs": len(pairs), "subjects": sorted({s for s, _ in pairs})}
+    if own is not None:
+        found["paired"] = {
+            method: {measure: difference(own[measure], theirs[measure]) for measure in MEASURES}
+            for method, theirs in values.items()
+            if method != OWN + kind
+        }
+    found["means"] = {
+        method: {measure: mean(theirs[measure]) for measure in MEASURES} for method, theirs in values.items()
+    }
+    return found
+
+
+def two(by_cell: Mapping[Cell, list[dict[str, Any]]], one: str, other: str) -> dict[str, Any]:
+    """`one` minus `other`, methods of one rate each."""
+    some = {cell: own for cell, own in by_cell.items() if cell[0] in (one, other)}
+    if len(some) < 2:
+        return {}
+    pairs = balanced(some)
+    by_name = {method: own for (method, _), own in some.items()}
+    return {m: difference(by_subject(by_name[one], pairs, m), by_subject(by_name[other], pairs, m)) for m in MEASURES}
+
+
+def cost(by_cell: Mapping[Cell, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Over all runs of stability: what does not depend on the rate is the better known for it."""
+    values: dict[str, dict[str, Values]] = {}
+    parameters = {}
+    for method in dict.fromkeys(m for m, _ in by_cell):
+        own = [r for (m, _), some in by_cell.items() if m == method for r in some]
+        if own:
+            pairs = {(r["subject"], r["seed"]) for r in own}
+            values[method] = {measure: by_subject(own, pairs, measure) for measure in COSTS}
+            parameters[method] = own[0]["parameters"]
+    found: dict[str, Any] = {
+        "rows": {m: {k: mean(v) for k, v in own.items()} | {"parameters": parameters[m]} for m, own in values.items()}
+    }
+    found["merged"] = {m: ratio(v["seconds_merged"], v["seconds_base"]) for m, v in values.items()}
+    found["unmerged"] = {m: ratio(v["seconds_unmerged"], v["seconds_base"]) for m, v in values.items()}
+    if OWN in values:
+        found["ratios"] = {m: {k: ratio(values[OWN][k], v[k]) for k in COSTS} for m, v in values.items() if m != OWN}
+    return found
