@@ -82,17 +82,14 @@ def test_any_part_of_the_study_is_balanced(part):
 @pytest.mark.parametrize(
     ("shares", "places"),
     [
-        ([0.0, 0.1, 0.5, 0.9, 0.6, 0.3, 0.0], [0, 1, 2, 4, 5, 6]),
-        (
-            [0.9, 0.0, 0.0, 0.8, 0.71, 0.69, 0.0],
-            [2, 5, 6],
-        ),  # 0.71 is not far enough below, 0.0 beside 0.9 is next to it
+        ([0.0, 0.1, 0.5, 0.9, 0.6, 0.3, 0.0], [0, 1, 5, 6]),
+        ([0.9, 0.0, 0.0, 0.8, 0.71, 0.69, 0.0], [2, 5, 6]),  # 0.71 is not far enough below; 0.0 is next to 0.9
         ([0.2, 0.2, 0.1, 0.0, 0.0, 0.2, 0.1], []),
     ],
 )
 def test_hopeless_rates_are_dropped(shares, places):
-    expected = [i for i in places if abs(i - shares.index(max(shares))) > 1]
-    assert rules.dropped(shares) == expected
+    assert rules.hopeless(dict(enumerate(shares)), 0.2) == places
+    assert rules.hopeless({1: 0.9, 4: 0.5}, 0.2) == [4]  # others were dropped before
 
 
 def curve_of(method: str, shares: list[float], subjects, seed=0) -> dict:
@@ -105,15 +102,26 @@ def curve_of(method: str, shares: list[float], subjects, seed=0) -> dict:
 
 
 def test_the_rule_waits_for_its_subjects_and_looks_at_no_others():
-    shares = [0.0, 0.1, 0.5, 0.9, 0.6, 0.3, 0.0]
-    records = curve_of(KRONA, shares, rules.FIRST[:2])
-    assert rules.dropped_rates(records, KRONA, "base") is None
-    records |= curve_of(KRONA, shares, rules.FIRST[2:])
     rates = plan.rates_of(KRONA)
-    assert rules.dropped_rates(records, KRONA, "base") == (rates[0], rates[1], rates[5], rates[6])
-    assert rules.dropped_rates(records, KRONA, "another base") is None
+
+    def said(records, base="base"):
+        found = rules.dropped_rates(records, KRONA, base)
+        return found.subjects, [rates.index(lr) for lr in found.rates]
+
+    shares = [0.0, 0.1, 0.5, 0.9, 0.6, 0.5, 0.0]
+    records = curve_of(KRONA, shares, rules.FIRST[:1])
+    assert said({k: r for k, r in records.items() if r["learning_rate"] != rates[4]}) == (0, [])
+    assert said(records) == (1, [0, 1, 6])  # more than 0.5 below
+    some = curve_of(KRONA, shares, rules.FIRST[1:2])
+    assert said(records | dict(list(some.items())[:3])) == (1, [0, 1, 6])
+    kept = {k: r for k, r in some.items() if r["learning_rate"] in rates[2:6]}  # what the first subject has left
+    assert said(records | kept) == (2, [0, 1, 5, 6])  # more than 0.35
+    records |= kept | curve_of(KRONA, [1, 1, 0.9, 0.8, 0.3, 1, 1], rules.FIRST[2:])
+    assert said(records) == (3, [0, 1, 5, 6])
+    assert said(records, "another base") == (0, [])
+    before = said(records)
     records |= curve_of(KRONA, shares[::-1], plan.REPORTED[3:]) | curve_of(KRONA, shares[::-1], rules.FIRST, seed=1)
-    assert rules.dropped_rates(records, KRONA, "base") == (rates[0], rates[1], rates[5], rates[6])
+    assert said(records) == before
 
 
 def test_best_rates():
@@ -137,19 +145,24 @@ def test_dropped_rates_get_no_more_runs_and_undecided_ones_wait(tmp_path):
     def todo(*experiments):
         return names_of(schedule.candidates(experiments, 1, results, "base", lambda: plan.STATED))
 
-    found = todo("stability", "factors")
-    first = 7 * len(plan.METHODS) * len(rules.FIRST)
-    assert None not in found[:first] and set(found[first:]) == {None}  # nothing of "factors" either
+    everything = todo("stability", "factors")
+    first = 7 * len(plan.METHODS)
+    assert {x[3] for x in everything[:first]} == {rules.FIRST[0]}
+    assert set(everything[first:]) == {None}  # nothing of other subjects, nor of "factors"
     for method in plan.METHODS:
-        for r in curve_of(method, shares, rules.FIRST).values():
-            results.records[r["key"]] = r
+        results.records |= curve_of(method, shares, rules.FIRST[:1])
+    found = todo("stability")
+    kept = {lr for _, m, lr, *_ in filter(None, found) if m == KRONA}
+    assert kept == set(plan.rates_of(KRONA)[2:5])  # 0.3 is more than 0.5 below 0.9
+    assert {x[3] for x in filter(None, found)} == {rules.FIRST[1]}
+    for method in plan.METHODS:
+        results.records |= curve_of(method, shares, rules.FIRST[1:])
     found = todo("stability", "factors")
     kept = {lr for _, m, lr, *_ in found[:-1] if m == KRONA}
     assert kept == set(plan.rates_of(KRONA)[2:5]) and found[-1] is None
     assert len(found) - 1 == 3 * len(plan.METHODS) * (len(plan.REPORTED) - len(rules.FIRST))
     for method in plan.METHODS:
-        for r in curve_of(method, shares, plan.REPORTED).values():
-            results.records[r["key"]] = r
+        results.records |= curve_of(method, shares, plan.REPORTED)
     found = todo("stability", "factors")
     assert None not in found and {name for name, *_ in found} == {"factors"}
     assert todo("factors") == found

@@ -27,27 +27,24 @@ def stability(summary: Mapping[str, Any], path: Path) -> Path:
     figure = Figure(figsize=SIZES["stability"], layout="constrained")
     axes = figure.subplots(2, 2, sharey=True)
     panels = (
-        (axes[0, 0], "learning_rate", "both_right", LABEL), (axes[0, 1], "update_norm", "both_right", LABEL),
+        (axes[0, 0], "learning_rate", "both_right", LABEL), (axes[0, 1], "norm", "both_right", LABEL),
         (axes[1, 0], "learning_rate", "subject_right", "right subject"),
         (axes[1, 1], "learning_rate", "background_right", "right background"),
     )  # fmt: skip
     for axis, across, measure, label in panels:
         for i, method in enumerate(dict.fromkeys(r["method"] for r in found["rows"])):
-            points = [r for r in found["rows"] if r["method"] == method and r[measure] and r["update_norm"]]
+            points = [r for r in found["rows"] if r["method"] == method and r["runs"]]
             dropped = found.get("dropped", {}).get(method, ())
-            for group, style in (
-                ([r for r in points if r["learning_rate"] not in dropped], {"marker": "o"}),
-                ([r for r in points if r["learning_rate"] in dropped], {"marker": "x", "linestyle": "none"}),
-            ):
-                xs = [r[across] if across == "learning_rate" else r[across]["mean"] for r in group]
-                group = [r for _, r in sorted(zip(xs, group, strict=True), key=lambda pair: pair[0])]
-                name = method if style["marker"] == "o" else None
-                axis.plot(sorted(xs), [r[measure]["mean"] for r in group], color=f"C{i}", label=name, **style)
-                if style["marker"] == "o":
-                    ends = [[r[measure][end] for r in group] for end in ("low", "high")]
-                    axis.fill_between(sorted(xs), *ends, color=f"C{i}", alpha=0.08)
-        across = across.replace("learning_rate", "learning rate").replace("update_norm", "norm of dW")
-        axis.set(xscale="log", xlabel=across, ylabel=label, ylim=(-0.02, 1.02))
+            points = sorted(points, key=lambda r: r[across])
+            kept = [r for r in points if r[measure] and r["learning_rate"] not in dropped]
+            xs = [r[across] for r in kept]
+            axis.plot(xs, [r[measure]["mean"] for r in kept], color=f"C{i}", label=method, marker="o")
+            axis.fill_between(xs, *[[r[measure][e] for r in kept] for e in ("low", "high")], color=f"C{i}", alpha=0.08)
+            if measure == "both_right":
+                gone = [r for r in points if r["learning_rate"] in dropped]
+                axis.plot([r[across] for r in gone], [r["share"] for r in gone], f"C{i}x")
+        words = "norm of dW" if across == "norm" else "learning rate"
+        axis.set(xscale="log", xlabel=words, ylabel=label, ylim=(-0.02, 1.02))
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize="small")
     return save(figure, path)
@@ -96,7 +93,7 @@ def factors(summary: Mapping[str, Any], path: Path) -> Path:
 def write(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     """The plots of which something has been run."""
     found = []
-    if any(r["both_right"] for r in summary.get("stability", {}).get("rows", ())):
+    if any(r["runs"] for r in summary.get("stability", {}).get("rows", ())):
         found.append(stability(summary, folder / "stability.png"))
     for name, draw in (("parameters", parameters), ("factors", factors)):
         if any(v["both_right"] for v in summary.get(name, {}).get("means", {}).values()):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,11 +12,12 @@ from .plan import METHODS, REPORTED, STATED, Run, rates_of
 
 QUALITY = "both_right"  # share of pictures with the right subject on the right background
 FIRST = REPORTED[:3]  # the subjects that the rule looks at, of seed 0
-FAR = 0.2  # below the method's best share: hopeless
+FAR = (0.5, 0.35, 0.2)  # below the method's best share: hopeless, after one, two and three of them
 RULE = (
-    f"After seed 0 on the first {len(FIRST)} subjects ({', '.join(FIRST)}), a learning rate whose share of pictures "
-    f"with the right subject on the right background is more than {FAR:g} below the method's best rate's, and that is "
-    "not next to that rate, gets no more runs."
+    f"Of seed 0, after the first subject ({FIRST[0]}), a learning rate whose share of pictures with the right subject "
+    f"on the right background is more than {FAR[0]:g} below the method's best rate's, and that is not next to that rate, "
+    f"gets no more runs; after the second ({FIRST[1]}) the same with {FAR[1]:g} and after the third ({FIRST[2]}) with "
+    f"{FAR[2]:g}, on all of them together."
 )
 TUNING = (
     "Experiments other than stability run each method at one rate: the one of its seven with the highest share, each "
@@ -31,34 +32,42 @@ def share(records: Mapping[str, dict[str, Any]], runs: list[Run], base: str) -> 
     return float(np.mean([records[k][QUALITY] for k in keys])) if all(k in records for k in keys) else None
 
 
-def first_shares(records: Mapping[str, dict[str, Any]], method: str, base: str) -> list[float] | None:
-    """What the rule looks at, rate by rate; None before all of it has been run."""
-    found = [
-        share(records, [Run(method, METHODS[method], lr, 0, subject) for subject in FIRST], base)
-        for lr in rates_of(method)
-    ]
-    return None if None in found else [x for x in found if x is not None]
+class Dropped(NamedTuple):
+    """What the rule has said so far: of how many subjects, and which rates get no more runs."""
+
+    subjects: int
+    rates: tuple[float, ...]
 
 
-def dropped(shares: list[float]) -> list[int]:
-    """Places of the rates that get no more runs."""
-    best = int(np.argmax(shares))
-    return [i for i, x in enumerate(shares) if x < shares[best] - FAR and abs(i - best) > 1]
+def hopeless(shares: Mapping[int, float], far: float) -> list[int]:
+    """Places to be dropped, of those that have a share; the best one's neighbours stay."""
+    best = max(shares, key=lambda place: shares[place])
+    return [place for place, x in shares.items() if x < shares[best] - far and abs(place - best) > 1]
 
 
-def dropped_rates(records: Mapping[str, dict[str, Any]], method: str, base: str) -> tuple[float, ...] | None:
-    """None: it can't be told yet."""
-    shares = first_shares(records, method, base)
-    return None if shares is None else tuple(rates_of(method)[i] for i in dropped(shares))
+def dropped_rates(records: Mapping[str, dict[str, Any]], method: str, base: str) -> Dropped:
+    """What the rule says of a method, as far as the subjects that it looks at have been run."""
+    rates = rates_of(method)
+    left = list(range(len(rates)))
+    for number, far in enumerate(FAR, 1):
+        shares = {
+            place: share(records, [Run(method, METHODS[method], rates[place], 0, s) for s in FIRST[:number]], base)
+            for place in left
+        }
+        known = {place: x for place, x in shares.items() if x is not None}
+        if len(known) < len(left):
+            return Dropped(number - 1, tuple(lr for i, lr in enumerate(rates) if i not in left))
+        left = [place for place in left if place not in hopeless(known, far)]
+    return Dropped(len(FAR), tuple(lr for i, lr in enumerate(rates) if i not in left))
 
 
-def is_first(run: Run) -> bool:
-    """Whether the rule looks at this run."""
-    return run.seed == 0 and run.subject in FIRST
+def wanted(run: Run) -> int:
+    """Of how many subjects the rule has to have spoken before this run begins."""
+    return FIRST.index(run.subject) if run.seed == 0 and run.subject in FIRST else len(FIRST)
 
 
 def counts(record: Mapping[str, Any]) -> bool:
-    """The same, asked of a record."""
+    """Whether the rule looks at this record."""
     return record["seed"] == 0 and record["subject"] in FIRST
 
 
@@ -66,15 +75,11 @@ def best_rates(records: Mapping[str, dict[str, Any]], base: str) -> tuple[dict[s
     """Each method's rate for the other experiments, and where it is from."""
     rates, sources = dict(STATED), dict.fromkeys(METHODS, "stated beforehand")
     for method, flags in METHODS.items():
-        hopeless = dropped_rates(records, method, base)
-        if hopeless is None:
+        found = dropped_rates(records, method, base)
+        if found.subjects < len(FIRST):
             continue
-        shares = [
-            share(records, [Run(method, flags, lr, 0, s) for s in REPORTED], base)
-            for lr in rates_of(method)
-            if lr not in hopeless
-        ]
-        kept = [lr for lr in rates_of(method) if lr not in hopeless]
+        kept = [lr for lr in rates_of(method) if lr not in found.rates]
+        shares = [share(records, [Run(method, flags, lr, 0, s) for s in REPORTED], base) for lr in kept]
         if None not in shares:
             rates[method] = kept[smoothed_best([x for x in shares if x is not None])]
             sources[method] = "seed 0 of stability"

@@ -36,7 +36,7 @@ from .plan import Run, Sizes
 
 GUIDANCE = 4.0
 SIZE = (64, 64)
-TIMED = 3  # of these the quickest counts
+TIMED = 2  # of these the quickest counts
 # of {thing} and {colour}; the long ones use words that the pipeline was trained on, all that a caption can have
 LONG = (
     "a photo of a small {thing} on a gradient {colour} background",

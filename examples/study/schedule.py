@@ -50,7 +50,7 @@ def candidates(
     records = results.records
 
     @cache
-    def hopeless(method: str) -> tuple[float, ...] | None:
+    def hopeless(method: str) -> rules.Dropped:
         return rules.dropped_rates(records, method, base)
 
     free = [name for name in experiments if name in plan.FREE]
@@ -60,11 +60,11 @@ def candidates(
         for name, run in plan.ordered({name: plan.planned(name) for name in free}):
             if run.seed != seed or run.key(base) in records:
                 continue
-            if name == "stability" and not rules.is_first(run):
+            if name == "stability":
                 known = hopeless(run.method)
-                if known is not None and run.learning_rate in known:
+                if run.learning_rate in known.rates:
                     continue
-                if known is None:
+                if known.subjects < rules.wanted(run):
                     complete = False
                     yield None
                     continue

@@ -85,7 +85,7 @@ def summarize(
         }
         if name == "stability":
             found |= stability(
-                by_cell, {m: rules.dropped_rates(records, m, base) or () for m, _ in by_cell if m in METHODS}
+                by_cell, {m: rules.dropped_rates(records, m, base).rates for m, _ in by_cell if m in METHODS}
             )
             whole["cost"] = cost(by_cell)
         elif name in ("factors", "parameters", "one_image"):
@@ -106,6 +106,8 @@ def row(cell: Cell, own: Sequence[dict[str, Any]], planned: int) -> dict[str, An
     return {
         "method": cell[0], "learning_rate": cell[1], "runs": len(own), "planned": planned,
         "subjects": len({s for s, _ in pairs}), "parameters": own[0]["parameters"] if own else None,
+        "share": float(np.mean([r[rules.QUALITY] for r in own])) if own else None,
+        "norm": float(np.mean([r["update_norm"] for r in own])) if own else None,
     } | {measure: mean(by_subject(own, pairs, measure)) for measure in MEASURES}  # fmt: skip
 
 
@@ -183,10 +185,12 @@ def curve(
             values = by_subject(own, pairs, rules.QUALITY)
             quality[:, i] = [values[s] for s in subjects]
     deficit, reference = np.zeros(len(rates)), int(np.nanargmax(quality.mean(0)))
-    if dropped:
-        first = [np.mean([r[rules.QUALITY] for r in by_cell[method, lr] if rules.counts(r)]) for lr in rates]
-        reference = int(np.argmax(first))
-        deficit = first[reference] - np.array(first)
+    if dropped:  # how far below the best rate that was kept, on the subjects that the dropped one had
+        first = [{r["subject"]: r[rules.QUALITY] for r in by_cell[method, lr] if rules.counts(r)} for lr in rates]
+        reference = max(
+            (i for i, lr in enumerate(rates) if lr not in dropped), key=lambda i: np.mean(list(first[i].values()))
+        )
+        deficit = np.array([np.mean([first[reference][s] - x for s, x in own.items()]) for own in first])
     return Curve(np.array(rates), norms, subjects, quality, deficit, reference)
 
 

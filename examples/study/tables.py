@@ -66,8 +66,9 @@ def curves(summary: Summary) -> str:
         dropped = found.get("dropped", {}).get(method, ())
         cells = []
         for r in own:
-            share = f"{r['both_right']['mean']:.2f}" if r["both_right"] else NOT_RUN
-            cells.append(f"{r['learning_rate']:g}: {share}" + (" (dropped)" if r["learning_rate"] in dropped else ""))
+            share = f"{r['share']:.2f}" if r["runs"] else NOT_RUN
+            few = f" (dropped after {r['runs']})" if r["learning_rate"] in dropped else ""
+            cells.append(f"{r['learning_rate']:g}: {share}{few}")
         rows.append([method, *cells, *[""] * (width - len(cells))])
     return table(["method", "learning rate: both right", *[""] * (width - 1)], rows)
 
@@ -163,7 +164,7 @@ def sections(summary: Summary, plots: str = "") -> dict[str, str]:
         return text if text == NOT_RUN else f"![{what}]({plots}{name}.png)\n\n{text}"
 
     known = summary.get("stability", {})
-    shown = curves(summary) if any(r["both_right"] for r in known.get("rows", ())) else NOT_RUN
+    shown = curves(summary) if any(r["runs"] for r in known.get("rows", ())) else NOT_RUN
     return {
         "state": state(summary),
         "claims": claims(summary),
