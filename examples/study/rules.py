@@ -15,9 +15,9 @@ FIRST = REPORTED[:3]  # the subjects that the rule looks at, of seed 0
 FAR = (0.5, 0.35, 0.2)  # below the method's best share: hopeless, after one, two and three of them
 RULE = (
     f"Of seed 0, after the first subject ({FIRST[0]}), a learning rate whose share of pictures with the right subject "
-    f"on the right background is more than {FAR[0]:g} below the method's best rate's, and that is not next to that rate, "
-    f"gets no more runs; after the second ({FIRST[1]}) the same with {FAR[1]:g} and after the third ({FIRST[2]}) with "
-    f"{FAR[2]:g}, on all of them together."
+    f"on the right background is more than {FAR[0]:g} below the method's best rate's, and that is not next to that "
+    f"rate, gets no more runs; after the second ({FIRST[1]}) the same with {FAR[1]:g} and after the third ({FIRST[2]}) "
+    f"with {FAR[2]:g}, on all of them together."
 )
 TUNING = (
     "Experiments other than stability run each method at one rate: the one of its seven with the highest share, each "
