@@ -3,8 +3,8 @@
 
 The library has one rule, `ops.plan.default_variant`, and measures nothing itself. This makes the table by which the
 rule is judged, on any device: per product, seconds of forward + backward by candidate ("torch batched", "torch paired",
-"torch expanded", "triton"), medians of interleaved repetitions. A candidate that raises, or whose results are not those
-of the first one up to rounding, is out, with the reason.
+"torch gathered", "torch expanded", "triton"), medians of interleaved repetitions. A candidate that raises, or whose
+results are not those of the first one up to rounding, is out, with the reason.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def candidates(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[str
     names = ["torch batched"]
     if plan.order == "b_first":  # the order that has variants
         small = 2 * plan.r * plan.a_in * plan.b_out <= plan.n_in  # the expanded matrix, beside dW
-        names += ["torch paired"] * can_pair(plan) + ["torch expanded"] * small
+        names += ["torch paired"] * can_pair(plan) + ["torch gathered"] * (plan.layout == "kron")
+        names += ["torch expanded"] * small
     if device.type == "cuda" and why_not_triton(device, dtype) is None:  # on a CPU: the interpreter, which takes ages
         names.append("triton")
     return names

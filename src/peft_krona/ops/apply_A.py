@@ -7,6 +7,8 @@ layout "kron", (T, b_out, a_out) for "diffusekrona". Variants:
     batched     one small GEMM a token
     paired      two rows of A are taken as one, (a_out/2, 2 Q) times [h 0; 0 h]: twice the multiplications, but twice
                 the columns as well, as MKL's fp32 GEMM takes 2.5 times as long below 12 columns ("kron" only)
+    gathered    one GEMM, A times the columns of all tokens side by side, (Q, T b_out): as many multiplications as
+                batched, but h is copied into that order, and y out of it ("kron" only)
     expanded    one GEMM with A (x) I of b_out rows: b_out times the multiplications, at the speed of a large GEMM.
                 h is (T, Q b_out) for it, and A is a matrix (a_out, Q) where b_out = 1, as A (x) I_1 is A
 
@@ -34,6 +36,12 @@ def apply_A(y: torch.Tensor | None, A: torch.Tensor, h: torch.Tensor, plan: Plan
         if y is None:
             return F.linear(h, matrix)
         (y if y.dim() == 2 else y.view(-1, a_out * b_out)).addmm_(h, matrix.t())
+        return y
+    if variant == "gathered":
+        product = torch.mm(A.view(a_out, -1), _gathered(h)).view(a_out, -1, b_out).transpose(0, 1)
+        if y is None:
+            return product.reshape(-1, a_out * b_out)
+        y.view(-1, a_out, b_out).add_(product)
         return y
     rows, columns = (a_out, b_out) if layout == "kron" else (b_out, a_out)
     if variant == "paired":
@@ -71,6 +79,14 @@ def backward_A(
             dA = dA.view(1, a_out, -1) if b_out == 1 else _expanded_dA(dA, plan)
         return dh, dA
     T, Q = dy.numel() // (a_out * b_out), A.shape[2]
+    if variant == "gathered":
+        g = _gathered(dy.view(T, a_out, b_out))
+        if need_A:
+            assert h is not None
+            dA = torch.mm(g, _gathered(h).t()).view(1, a_out, Q)
+        if need_h:
+            dh = torch.mm(A.view(a_out, Q).t(), g).view(Q, T, b_out).transpose(0, 1).contiguous()
+        return dh, dA
     g = dy.view(T, a_out, b_out) if layout == "kron" else dy.view(T, b_out, a_out).mT
     if need_A:
         assert h is not None
@@ -91,6 +107,11 @@ def sum_over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.shape[1] > b.shape[1] and a.shape[0] >= FEW:
         return torch.bmm(b, a.mT).sum(0, True, dtype=wide).mT.contiguous()
     return torch.bmm(a, b.mT).sum(0, True, dtype=wide)
+
+
+def _gathered(a: torch.Tensor) -> torch.Tensor:
+    """a (T, p, q) as (p, T q)."""
+    return a.transpose(0, 1).reshape(a.shape[1], -1)
 
 
 def _paired(A: torch.Tensor) -> torch.Tensor:

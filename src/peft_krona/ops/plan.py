@@ -13,9 +13,9 @@ from ..choices import LAYOUTS, ORDERS, Layout, Order
 from ..errors import BackendError, ShapeError
 from ..factors import cheaper_order
 
-Variant: TypeAlias = Literal["batched", "paired", "expanded"]
-VARIANTS: tuple[Variant, ...] = ("batched", "paired", "expanded")  # of the product with A: see apply_A.py
-# Tokens from which building the matrix of "expanded", and copying for "paired", pay.
+Variant: TypeAlias = Literal["batched", "paired", "gathered", "expanded"]
+VARIANTS: tuple[Variant, ...] = ("batched", "paired", "gathered", "expanded")  # of the product with A: see apply_A.py
+# Tokens from which building the matrix of "expanded", and copying for "paired", pay; "gathered" does in between.
 FEW, MANY = 64, 256
 
 
@@ -172,11 +172,14 @@ def default_variant(plan: Plan, target: Target) -> Variant:
         return "expanded"  # A (x) I_1 is A: one GEMM, nothing to build
     if target.device != "cpu":  # launches and tensor cores: one GEMM, while it stays small beside the frozen layer's
         return "expanded" if 4 * Q * u <= n_in else "batched"
+    narrow = u < 12 and target.dtype == torch.float32
+    if narrow and FEW <= target.tokens < MANY and plan.layout == "kron" and (u <= 5 or Q >= 8):
+        return "gathered"  # of wider y with thinner A, copying y takes as long as the quicker GEMM saves
     if u <= 5 and 2 * Q * u <= n_in and target.tokens >= FEW:  # a matrix of at most half of dW's size
         return "expanded"
-    narrow = u < 12 and can_pair(plan) and plan.a_out >= 4 * Q
     # With few tokens, copying h takes longer than the quicker GEMM saves.
-    return "paired" if narrow and target.dtype == torch.float32 and target.tokens >= MANY else "batched"
+    pairs = narrow and target.tokens >= MANY and can_pair(plan) and plan.a_out >= 4 * Q
+    return "paired" if pairs else "batched"
 
 
 def multiplies_wide(target: Target) -> bool:
