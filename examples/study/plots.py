@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 SIZES = {"stability": (11, 8), "parameters": (7, 4.5), "factors": (8, 4.5)}
 LABEL = "right subject on the right background"
@@ -45,6 +46,7 @@ def stability(summary: Mapping[str, Any], path: Path) -> Path:
                 axis.plot([r[across] for r in gone], [r["share"] for r in gone], f"C{i}x")
         words = "norm of dW" if across == "norm" else "learning rate"
         axis.set(xscale="log", xlabel=words, ylabel=label, ylim=(-0.02, 1.02))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize="small")
     return save(figure, path)
@@ -72,6 +74,7 @@ def parameters(summary: Mapping[str, Any], path: Path) -> Path:
         spread(axis, counts[method], value["both_right"], color=color, label=label)
         axis.annotate(method.removeprefix(family), (counts[method], value["both_right"]["mean"]), fontsize="x-small")
     axis.set(xscale="log", xlabel="parameters", ylabel=LABEL, ylim=(-0.02, 1.02))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.3)
     axis.legend()
     return save(figure, path)

@@ -20,9 +20,9 @@ RULE = (
     f"with {FAR[2]:g}, on all of them together."
 )
 TUNING = (
-    "Experiments other than stability run each method at one rate: the one of its seven with the highest share, each "
-    "share averaged with its neighbours', over seed 0 of stability; where that has not all been run, the middle one, "
-    "which was stated beforehand."
+    "Experiments other than stability run each method at one rate: the one of its seven with the highest share over "
+    "seed 0 of stability, of equal ones the lowest; where that has not all been run, the middle one, which was stated "
+    "beforehand."
 )
 
 
@@ -81,12 +81,6 @@ def best_rates(records: Mapping[str, dict[str, Any]], base: str) -> tuple[dict[s
         kept = [lr for lr in rates_of(method) if lr not in found.rates]
         shares = [share(records, [Run(method, flags, lr, 0, s) for s in REPORTED], base) for lr in kept]
         if None not in shares:
-            rates[method] = kept[smoothed_best([x for x in shares if x is not None])]
+            rates[method] = kept[int(np.argmax([x for x in shares if x is not None]))]
             sources[method] = "seed 0 of stability"
     return rates, sources
-
-
-def smoothed_best(shares: list[float]) -> int:
-    """The place of the best of neighbours' averages: one lucky rate does not win."""
-    smooth = [float(np.mean(shares[max(0, i - 1) : i + 2])) for i in range(len(shares))]
-    return int(np.argmax(smooth))

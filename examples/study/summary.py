@@ -75,6 +75,8 @@ def summarize(
         "tuned": dict(tuned),
     }
     for name, some in runs.items():
+        if name == "choosing":  # not evidence
+            continue
         by_cell = cells(some, records, base)
         found = {
             "planned": len(some),
@@ -162,12 +164,15 @@ def stability(by_cell: Mapping[Cell, list[dict[str, Any]]], dropped: Mapping[str
             if m != OWN
         }
         found["rates"] = {m: best_ratio(curves[OWN], curves[m]) for m in methods if m != OWN}
-        found["ends"] = {}
+        found["beside"] = {}
         rates = sorted(lr for method, lr in kept if method == OWN)
-        for name, lr in (("low", rates[0]), ("high", rates[-1])):
-            for measure in ("subject_right", "background_right"):
-                there = by_subject(kept[OWN, lr], pairs, measure)
-                found["ends"][f"{measure} {name}"] = difference(at_best[OWN][measure], there)
+        for name, step in (("lower", -1), ("higher", 1)):
+            places = {s: rates.index(lr) + step for s, lr in chosen[OWN].items()}
+            beside = {s: rates[place] for s, place in places.items() if 0 <= place < len(rates)}
+            found["beside"][name] = {
+                m: difference(at_best[OWN][m], {s: by_subject(kept[OWN, lr], pairs, m)[s] for s, lr in beside.items()})
+                for m in MEASURES
+            }
     return found
 
 
@@ -195,10 +200,10 @@ def curve(
 
 
 def best_ratio(one: Curve, other: Curve) -> dict[str, Any]:
-    """Of the two best rates, each that of the curve smoothed over neighbours, subjects resampled together."""
+    """Of the two best rates, subjects resampled together."""
 
     def best(curve: Curve, rows: Any) -> float:
-        return float(curve.rates[rules.smoothed_best(list(curve.mean(rows)))])
+        return float(curve.rates[np.argmax(curve.mean(rows))])
 
     rows = [slice(None), *resampled(len(one.subjects))]
     return plain(percentiles(np.array([best(one, r) / best(other, r) for r in rows]), len(one.subjects)))
