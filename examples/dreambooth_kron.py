@@ -510,12 +510,22 @@ def run(argv: list[str]) -> int:
     with interrupts.handled():
         try:
             args = parse_args(argv or ["--demo", demo.DEFAULT_SUBJECT], demo.settings)
-            if main(args)["interrupted"]:
-                return interrupts.ended()
+            trained = {}
+            for one in (args, demo.with_lora(args) if args.demo else None):
+                if one is None:
+                    continue
+                summary = main(one)
+                if summary["interrupted"]:
+                    return interrupts.ended()
+                trained[demo.name_of(one)] = {
+                    "folder": Path(one.output_dir),
+                    "parameters": summary["trainable parameters"],
+                    "bytes": summary["adapter file, bytes"],
+                }
             if args.demo and int(os.environ.get("RANK", 0)) == 0:
                 demo.judge_and_show(
                     args.demo, args.pretrained_model_name_or_path, Path(args.instance_data_dir), args.instance_prompt,
-                    Path(args.output_dir), args.resolution,
+                    trained, Path(args.output_dir), args.resolution,
                 )  # fmt: skip
             return 0
         except TrainingError as error:

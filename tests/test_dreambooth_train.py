@@ -653,9 +653,28 @@ def test_demo_prints_a_table_and_shows_a_grid(tiny_sd, tmp_path, monkeypatch, ca
     assert dreambooth_kron.run([]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     table = next(i for i, line in enumerate(lines) if line.startswith("background  "))
-    assert len(lines[table + 1 : lines.index("", table)]) == 8  # seven backgrounds and the sum
-    assert lines[table + 8].split()[0] == "all" and "100%" in lines[table + 8]
-    named = {line.split(":")[0]: Path(line.split()[1]) for line in lines[-3:]}
-    assert list(named) == ["adapter", "table", "grid"] and all(path.exists() for path in named.values())
+    assert lines[table].split()[1:] == ["base", "model", "KronA", "(64,4)", "LoRA", "r=4"]
+    end = lines.index("", table)
+    assert len(lines[table + 2 : end]) == 10  # seven backgrounds, the sum, parameters and bytes
+    assert lines[end - 3].split()[0] == "all" and lines[end - 3].split()[1::2] == ["28/28"] * 3
+    parameters = [int(number.replace(",", "")) for number in lines[end - 2].split()[1:]]
+    assert lines[end - 1].split()[0] == "bytes"
+    named = {line.partition(":")[0]: Path(line.split()[-1]) for line in lines[-4:]}
+    assert list(named) == ["KronA (64,4)", "LoRA r=4", "table", "grid"] and all(p.exists() for p in named.values())
+    for name, count in zip(("KronA (64,4)", "LoRA r=4"), parameters, strict=True):  # what the files hold
+        held = load_file(named[name] / "unet" / "adapter_model.safetensors")
+        assert sum(weight.numel() for weight in held.values()) == count
     with Image.open(named["grid"]) as grid:
-        assert grid.size == (150 + 8 * 96, 8 * 96)
+        assert grid.size == (170 + 7 * 128, 7 * 128)
+
+
+def test_the_demo_trains_lora_just_as_long(monkeypatch):
+    """Everything but the adapter, its learning rate and its folder is the same; nothing is compared where not asked."""
+    args = parse_args(["--demo", "dog", "--seed", "3", "--learning_rate", "1e-3"], demo.settings)
+    other = demo.with_lora(args)
+    changed = {name for name, value in vars(args).items() if getattr(other, name) != value}
+    assert changed <= {"adapter_type", "rank", "alpha", "export", "output_dir", "learning_rate", "text_encoder_lr"}
+    assert other.learning_rate == pytest.approx(1e-3 * demo.LEARNING_RATES["lora"] / demo.LEARNING_RATES["krona"])
+    assert other.output_dir == "output/demo-dog-lora" and demo.name_of(other) == "LoRA r=4"
+    for flags in (["--compare_with", "none"], ["--adapter_type", "lora"], ["--adapter_type", "lokr"]):
+        assert demo.with_lora(parse_args(["--demo", "dog", *flags], demo.settings)) is None

@@ -18,7 +18,7 @@ from adapted import (
     mlp,
     reference,
 )
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from test_ops import strided
 from torch import nn
 from torch.nn.utils import parametrize
@@ -513,6 +513,36 @@ def test_a_layer_of_another_tuner_can_be_wrapped():
     assert layer.base_layer is inner and layer.get_base_layer() is inner.base_layer
     want = with_lora + F.linear(x, layer.get_delta_weight("default"))
     torch.testing.assert_close(model(x), want)
+
+
+@pytest.mark.parametrize("other", [LoraConfig, LoHaConfig, LoKrConfig])
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (lambda: nn.Linear(8, 8), torch.randn(3, 8)),
+        (lambda: nn.Embedding(8, 8), torch.tensor([1, 2])),
+        (lambda: nn.Conv1d(8, 8, 3, padding=1), torch.randn(2, 8, 5)),
+        (lambda: nn.Conv2d(8, 8, 3, stride=2, padding=1), torch.randn(2, 8, 5, 6)),
+        (lambda: nn.Conv3d(8, 8, 3, padding=1), torch.randn(2, 8, 5, 6, 7)),
+    ],
+    ids=["Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"],
+)
+def test_another_tuner_wraps_what_is_left_of_a_deleted_adapter(make, x, other):
+    """diffusers' delete_adapters leaves empty KronA layers; whoever reads them has to find a layer's attributes."""
+    if other is not LoraConfig and isinstance(make(), (nn.Embedding, nn.Conv3d)):
+        pytest.skip(f"{other.__name__} is not for it")
+    base = nn.Sequential(make())
+    want = base(x)
+    inject_adapter_in_model(config("0"), base).requires_grad_(False)
+    base[0].delete_adapter("default")
+    try:
+        inject_adapter_in_model(other(target_modules=["0"]), base, "second")
+    except ValueError as error:
+        assert "not supported" in str(error)  # PEFT's own word: LoHa and LoKr do not go into other tuners' layers
+        return
+    torch.testing.assert_close(base(x), want, rtol=0, atol=0)  # a fresh adapter adds nothing
+    (adapted,) = (m for m in base.modules() if "second" in getattr(m, "active_adapters", ()))
+    assert sum(p.requires_grad for p in adapted.parameters())
 
 
 def test_multihead_attention_is_refused():

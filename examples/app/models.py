@@ -16,6 +16,8 @@ from examples.dreambooth import TrainingError, adapters
 from examples.dreambooth.arguments import adapter_config, parse_args
 from examples.dreambooth.evaluate import for_sampling, load_pipeline, sample
 
+from .training import targets
+
 MAX_SIDE = 1024  # of pictures that the page draws
 MAX_STEPS = 100
 
@@ -24,6 +26,7 @@ class Counter:
     """Trainable parameters of an adapter, from the shapes alone: no weights are loaded."""
 
     def __init__(self, pipeline: str):
+        self.targets = targets(pipeline)
         self.lock = threading.Lock()  # the page asks while a training is being started
         with torch.device("meta"):  # of this thread alone; accelerate's init_empty_weights is everybody's
             self.unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(pipeline, subfolder="unet"))
@@ -34,7 +37,7 @@ class Counter:
         Raises:
             TrainingError: if the settings are not allowed.
         """
-        flags = ["--adapter_type", kind, "--rank", str(rank)]
+        flags = ["--adapter_type", kind, "--rank", str(rank), *self.targets]
         if kind == "krona":
             flags += ["--krona_a_out", str(a_out), "--krona_a_in", str(a_in)]
         args = parse_args([*flags, "--instance_data_dir", ".", "--instance_prompt", "x",

@@ -20,7 +20,7 @@ from examples.dreambooth.data import image_files
 
 from . import takeaway, uploads
 from .models import Counter, Studio
-from .training import Settings, Training
+from .training import Settings, Training, is_shipped
 
 KINDS = {"KronA": "krona", "LoRA": "lora", "LoKr": "lokr"}
 OWN = "my own pictures"
@@ -42,7 +42,7 @@ class App:
 
     def __init__(self, pipeline: str, root: Path):
         self.pipeline, self.root = pipeline, root
-        self.shipped = Path(pipeline).resolve() == demo.PIPELINE.resolve()
+        self.shipped = is_shipped(pipeline)
         self.scratch = tempfile.TemporaryDirectory(prefix="peft-krona-app-")  # uploads and files to take away
         self.counter, self.studio = Counter(pipeline), Studio(pipeline)
         self.trainings: dict[str, Training] = {}  # by the visitor's session
@@ -55,9 +55,9 @@ class App:
 
     # -- training ------------------------------------------------------------------------------------------------------
     def learning_rate(self, kind: str) -> float:
-        """Where to start: the demo's for the small shipped model, else the script's own; in the script's proportion."""
-        krona = demo.settings(demo.DEFAULT_SUBJECT)["learning_rate"] if self.shipped else LEARNING_RATES["krona"]
-        return krona * LEARNING_RATES[kind] / LEARNING_RATES["krona"]
+        """Where to start: the demo's for the small shipped model (LoKr's as KronA's), else the script's own."""
+        rates = demo.LEARNING_RATES if self.shipped else LEARNING_RATES
+        return rates.get(kind, rates["krona"])
 
     def count(self, kind: str, a_out: float, a_in: float, rank: float) -> str:
         try:

@@ -21,6 +21,15 @@ PROGRESS = re.compile(r"^Steps:.*\| (\d+)/(\d+) \[.*loss=([-+.\dA-Za-z]+)")
 INTERRUPTED = 130
 
 
+def is_shipped(pipeline: str) -> bool:
+    return Path(pipeline).resolve() == demo.PIPELINE.resolve()
+
+
+def targets(pipeline: str) -> list[str]:
+    """The flag for the layers to adapt: the demo's on the shipped pipeline, the script's own on others."""
+    return ["--target_modules", *demo.TARGETS] if is_shipped(pipeline) else []
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is trained, how, and where to.
@@ -38,7 +47,7 @@ class Settings:
     a_in: int = 4
     rank: int = 1
     steps: int = 400
-    learning_rate: float = 4e-3
+    learning_rate: float = demo.LEARNING_RATES["krona"]
     seed: int = 0
     previews: int = 100
 
@@ -66,7 +75,7 @@ class Settings:
         switches = ["center_crop", "random_flip", "cache_latents"]
         if self.kind == "krona":
             flags |= {"krona_a_out": self.a_out, "krona_a_in": self.a_in}
-        if Path(self.pipeline).resolve() == demo.PIPELINE.resolve():  # small pictures: many at once
+        if is_shipped(self.pipeline):  # small pictures: many at once
             flags |= {"train_batch_size": 8, "repeats": 8}
         if self.previews:
             flags |= {"validation_prompt": self.prompt, "validation_steps": self.previews, "num_validation_images": 2}
@@ -74,7 +83,7 @@ class Settings:
             flags["resume_from_checkpoint"] = "latest"
         else:
             switches.append("overwrite_output_dir")
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))] + targets(self.pipeline)
         return [sys.executable, str(SCRIPT), *words, *(f"--{name}" for name in switches)]
 
 

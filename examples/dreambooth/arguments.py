@@ -91,6 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="Train on a shipped subject and the shipped pipeline (what no arguments do); "
         "other flags override its settings.",
     )
+    group.add_argument(
+        "--compare_with", choices=("lora", "none"), default="lora", help="What --demo trains and shows beside KronA."
+    )
 
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with flags, `name: value` per line; those given here go before it."
@@ -460,6 +463,7 @@ def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
         (PRODIGY_FLAGS, optimizer != "prodigy", "only with --optimizer prodigy"),
         (VALIDATION_FLAGS, not args.validation_prompt, "only with --validation_prompt"),
         (("validation_epochs",), args.validation_steps and args.validation_prompt, "--validation_steps overrides it"),
+        (("compare_with",), not args.demo or kind != "krona", "only with --demo and --adapter_type krona"),
         (("hub_token",), not args.push_to_hub, "only with --push_to_hub"),
         (("logging_dir",), args.report_to == "none", "only with a tracker in --report_to"),
         (("revision",), os.path.isdir(args.pretrained_model_name_or_path), "the model is a folder on this disk"),

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run without arguments: a shipped subject on the shipped pipeline, judged and shown."""
+"""The run without arguments: a shipped subject on the shipped pipeline, KronA beside LoRA, judged and shown."""
 
 from __future__ import annotations
 
+import argparse
+import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,16 @@ DEFAULT_SUBJECT = "robot"
 IDENTIFIER = "sks"
 SEEDS = range(4)
 SAMPLER = {"num_inference_steps": 30, "guidance_scale": 4.0}
+# Attention, feed-forward layers and convolutions.  The details of a picture are drawn by the convolutions here: the
+# U-Net is small, and where it has the most pixels it has no attention.
+TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+    "conv1", "conv2", "conv_shortcut",
+)  # fmt: skip
+# Chosen on half of the subjects, see examples/README.md.
+LEARNING_RATES = {"krona": 7e-3, "lora": 1.5e-3}
+LORA_RANK = 4
+BASE = "base model"
 
 
 def subjects() -> dict[str, dict[str, Any]]:
@@ -42,7 +55,8 @@ def settings(subject: str) -> dict[str, Any]:
         "instance_prompt": f"a {IDENTIFIER} {known[subject]['class_noun']}",
         "output_dir": f"output/demo-{subject}",
         "overwrite_output_dir": True,
-        "learning_rate": 4e-3,  # the shipped model is small: its layers are 128 and 192 wide
+        "target_modules": list(TARGETS),
+        "learning_rate": LEARNING_RATES["krona"],  # the shipped model is small: its layers are 64 to 192 wide
         "lr_scheduler": "cosine",
         "max_train_steps": 400,
         "train_batch_size": 8,
@@ -63,22 +77,53 @@ def prompts_of(subject: str, prompt: str) -> dict[str, str]:
     return {colour: f"{prompt} on {article(colour)} background" for colour in COLOURS if colour not in seen}
 
 
-def judge_and_show(
-    subject: str, pipeline: str, instance_images: Path, prompt: str, output: Path, resolution: int | None = None
-) -> dict[str, float]:
-    """Base model against the adapter saved in `output` on the same prompts and seeds: a table and a grid.
+def with_lora(args: argparse.Namespace) -> argparse.Namespace | None:
+    """The same training with LoRA, in a folder beside; None if `args` train no KronA, or ask for no comparison."""
+    if args.adapter_type != "krona" or args.init_adapter or args.compare_with == "none":
+        return None
+    other = copy.copy(args)
+    other.adapter_type, other.rank, other.alpha, other.export = "lora", LORA_RANK, float(LORA_RANK), "none"
+    other.output_dir, other.push_to_hub = f"{args.output_dir}-lora", False
+    share = LEARNING_RATES["lora"] / LEARNING_RATES["krona"]
+    for name in ("learning_rate", "text_encoder_lr", "learning_rate_a", "learning_rate_b"):
+        if getattr(args, name) is not None:
+            setattr(other, name, getattr(args, name) * share)
+    if args.resume_from_checkpoint != "latest":
+        other.resume_from_checkpoint = None  # a checkpoint of the other training
+    return other
 
+
+def name_of(args: argparse.Namespace) -> str:
+    """What the table calls a training."""
+    if args.adapter_type == "krona":
+        return f"KronA ({args.krona_a_out},{args.krona_a_in})" + (f" r={args.rank}" if args.rank != 1 else "")
+    return {"lora": "LoRA", "lokr": "LoKr"}[args.adapter_type] + f" r={args.rank}"
+
+
+def judge_and_show(
+    subject: str,
+    pipeline: str,
+    instance_images: Path,
+    prompt: str,
+    trained: Mapping[str, Mapping[str, Any]],
+    output: Path,
+    resolution: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Base model against adapters on the same prompts and seeds: a table and a grid in `output`.
+
+    `trained`: {what to call it: {"folder": where it is saved, "parameters": their number, "bytes": of the file}}.
     `resolution`: side of the pictures; None: the pipeline's own.
 
-    Returns {"subject", "background", and the same for the base model}: shares of right images.
+    Returns {"base model" or name: {"subject", "background"}}: shares of right images.
     """
     from examples.emoji_sd.judge import Judge, background_colour
 
     try:
         judge = Judge.load()
     except FileNotFoundError as error:
+        folders = ", ".join(str(one["folder"]) for one in trained.values())
         raise TrainingError(
-            f"The adapter is trained and saved in {output}, but the judge is missing ({error.filename}): take "
+            f"What was trained is saved in {folders}, but the judge is missing ({error.filename}): take "
             "examples/assets/ from the repository."
         ) from error
     concept = subjects()[subject]["concept"]
@@ -87,55 +132,80 @@ def judge_and_show(
     size = (resolution, resolution)
 
     images, right = {}, {}
-    for kind in ("base", "personalized"):
+    for name in (BASE, *trained):
         pipe = load_pipeline(pipeline)
-        if kind == "personalized":
-            adapters.load(pipe, output)
+        if name != BASE:
+            adapters.load(pipe, trained[name]["folder"])
         with for_sampling(pipe):
-            images[kind] = sample(pipe, [p for _, p, _ in pairs], [s for *_, s in pairs], size, batch=28, **SAMPLER)
-        best = judge.concept_scores(images[kind]).argmax(1).tolist()
-        found = background_colour(images[kind])
-        right[kind] = {
+            images[name] = sample(pipe, [p for _, p, _ in pairs], [s for *_, s in pairs], size, batch=28, **SAMPLER)
+        best = judge.concept_scores(images[name]).argmax(1).tolist()
+        found = background_colour(images[name])
+        right[name] = {
             "subject": [judge.names[i] == concept for i in best],
             "background": [colour == f for (colour, *_), f in zip(pairs, found, strict=True)],
         }
-
-    n = len(SEEDS)
-    head = f"{'background':<12}{'base: subject':>15}{'background':>12}{'personalized: subject':>24}{'background':>12}"
-    lines = [head]
-    for row, colour in enumerate(prompts):
-        part = slice(row * n, row * n + n)
-        counts = [sum(right[k][what][part]) for k in right for what in right[k]]
-        cells = [f"{c}/{n}" for c in counts]
-        lines.append(f"{colour:<12}{cells[0]:>15}{cells[1]:>12}{cells[2]:>24}{cells[3]:>12}")
-    shares = {f"{k} {what}": sum(v) / len(v) for k in right for what, v in right[k].items()}
-    cells = [f"{share:.0%}" for share in shares.values()]
-    lines.append(f"{'all':<12}{cells[0]:>15}{cells[1]:>12}{cells[2]:>24}{cells[3]:>12}")
-    table = "\n".join(lines)
-
+    shares = {name: {what: sum(v) / len(v) for what, v in both.items()} for name, both in right.items()}
+    table = in_columns(list(prompts), right, trained)
     instances = [open_image(path) for path in image_files(instance_images)]
-    grid = show(instances, prompts, images, output / "grid.png")
+    grid = show(instances, list(prompts), prompt, images, trained, output / "grid.png")
     for name, text in (("table.txt", table), ("table.json", json.dumps(shares, indent=1))):
         with aside(output / name) as temporary:
             temporary.write_text(text + "\n")
-    print(f"\nBackgrounds that no instance image has, {n} seeds each; a judge that was trained apart says what it sees")
-    print(f"(right subject: {concept!r} is its first guess of {len(judge.names)} names):\n\n{table}\n")
-    print(f"adapter: {output / 'unet'}")
-    print(f"table:   {output / 'table.txt'}")
-    print(f"grid:    {grid}   (instance images; then per prompt: base model | personalized model, same seeds)")
+    print(
+        f"\nBackgrounds that no instance image has, {len(SEEDS)} seeds each.  Right subject: {concept!r} is the first"
+    )
+    print(f"of {len(judge.names)} names for a judge that was trained apart; right background: the border's colour.")
+    print(f"\n{table}\n")
+    for name, one in trained.items():
+        print(f"{name + ':':<10} {one['folder']}")
+    print(f"{'table:':<10} {output / 'table.txt'}")
+    print(f"{'grid:':<10} {grid}")
     return shares
 
 
-def show(instances: list[Image.Image], prompts: dict[str, str], images: dict[str, list], path: Path) -> Path:
-    """The grid: instance images first, then a row per prompt, base model left, personalized model right."""
-    n = len(SEEDS)
-    rows = [("instance images", instances[: 2 * n])]
-    for row, prompt in enumerate(prompts.values()):
+def in_columns(colours: list[str], right: Mapping[str, Any], trained: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row a background, a column each for the base model and what was trained: right subjects, right backgrounds."""
+    n, width = len(SEEDS), 26
+    head = f"{'background':<12}" + "".join(f"{name:>{width}}" for name in right)
+    kinds = f"{'':<12}" + f"{'subject':>{width - 12}}{'background':>12}" * len(right)
+    lines = [head, kinds]
+    for row, colour in enumerate(colours):
         part = slice(row * n, row * n + n)
-        words = prompt.split(" on ")
-        rows.append(
-            (f"{words[0]}\non {words[-1]}\nbase | personalized", images["base"][part] + images["personalized"][part])
+        cells = "".join(
+            f"{sum(r['subject'][part]):>{width - 14}}/{n}{sum(r['background'][part]):>10}/{n}" for r in right.values()
         )
+        lines.append(f"{colour:<12}{cells}")
+    whole = len(colours) * n
+    cells = "".join(
+        f"{sum(r['subject']):>{width - 15}}/{whole}{sum(r['background']):>9}/{whole}" for r in right.values()
+    )
+    lines.append(f"{'all':<12}{cells}")
+    for what in ("parameters", "bytes"):
+        numbers = ["" if name == BASE else f"{trained[name][what]:,}" for name in right]
+        lines.append(f"{what:<12}" + "".join(f"{number:>{width}}" for number in numbers))
+    return "\n".join(lines)
+
+
+def show(
+    instances: list[Image.Image],
+    colours: list[str],
+    prompt: str,
+    images: Mapping[str, list[Image.Image]],
+    trained: Mapping[str, Mapping[str, Any]],
+    path: Path,
+) -> Path:
+    """The grid: instance images first, then two rows each for the base model and what was trained, a column a
+    background, the same two seeds for all."""
+    n = len(SEEDS)
+    rows = [(f"pictures to learn from:\n{prompt}", instances[: len(colours)])]
+    for name, drawn in images.items():
+        size = (
+            f"{trained[name]['parameters']:,} parameters\n{trained[name]['bytes'] / 1000:,.0f} kB"
+            if name != BASE
+            else ""
+        )
+        for seed in range(2):
+            rows.append((f"{name}\n{size}" if seed == 0 else "", [drawn[c * n + seed] for c in range(len(colours))]))
     with aside(path) as temporary:
         labelled_rows(rows).save(temporary)
     return path

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from packaging.version import Version
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from . import TrainingError, one_line
 from .families import family_of
@@ -249,14 +249,14 @@ def save_images(images: list[Image.Image | None], folder: Path, columns: int) ->
     return folder / "grid.png"
 
 
-def labelled_rows(rows: list[tuple[str, list[Image.Image]]], side: int = 96, label: int = 150) -> Image.Image:
-    """Rows of pictures with a text before each; pictures are enlarged without smoothing."""
+def labelled_rows(rows: list[tuple[str, list[Image.Image]]], side: int = 128, label: int = 170) -> Image.Image:
+    """Rows of pictures with a text before each; small pictures are enlarged smoothly."""
     columns = max(len(images) for _, images in rows)
     lines = []
     for text, images in rows:
         line = Image.new("RGB", (label + columns * side, side), "white")
-        ImageDraw.Draw(line).multiline_text((6, side // 3), text, fill="black")
+        ImageDraw.Draw(line).multiline_text((6, side // 3), text, fill="black", font=ImageFont.load_default(13))
         for i, image in enumerate(images):
-            line.paste(image.resize((side - 2, side - 2), Image.Resampling.NEAREST), (label + i * side, 1))
+            line.paste(image.resize((side - 2, side - 2), Image.Resampling.BICUBIC), (label + i * side, 1))
         lines.append(line)
     return make_image_grid(lines, rows=len(lines), cols=1)

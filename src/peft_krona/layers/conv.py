@@ -14,6 +14,16 @@ from .base import KronALayer
 class _ConvNd(KronALayer):
     """krona_B is (r, b_out, b_in, *kernel); a_out * b_out = out_channels, a_in * b_in = in_channels / groups."""
 
+    # read by those who wrap or inspect a convolution: PEFT's LoRA, diffusers' ControlNets
+    in_channels = property(lambda self: self._conv().in_channels)
+    out_channels = property(lambda self: self._conv().out_channels)
+    kernel_size = property(lambda self: self._conv().kernel_size)
+    stride = property(lambda self: self._conv().stride)
+    padding = property(lambda self: self._conv().padding)
+    dilation = property(lambda self: self._conv().dilation)
+    groups = property(lambda self: self._conv().groups)
+    padding_mode = property(lambda self: self._conv().padding_mode)
+
     def _conv(self) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
         base = self.get_base_layer()
         assert isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d))  # KronAModel.layers_mapping
