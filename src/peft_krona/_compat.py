@@ -57,11 +57,6 @@ def apply_node(node: type[torch.autograd.Function], *arguments: Any) -> Any:
 unwrap_if_dead = _unwrap_if_dead
 
 
-def forward_mode_active() -> bool:
-    """Whether a level of forward-mode differentiation is open."""
-    return forward_ad._current_level >= 0
-
-
 def sees_single_ops() -> bool:
     """Whether a transform of torch.func, forward-mode differentiation or torch.jit.trace must see every torch op."""
     return functorch_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
