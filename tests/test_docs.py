@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The code in the README and docs runs, its links lead somewhere, and what it says of the parser is so."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -68,6 +69,33 @@ def test_numbers_of_the_readme_are_the_tables_():
     said = {"KronA (64,4)": "takes {} of", "PEFT LoRA r=4": "with LoRA {}", "PEFT LoKr": "with LoKr {}"}
     for name, words in said.items():
         assert words.format(steps[name]) in text
+
+
+def test_tables_of_calls_and_variants_are_the_files_():
+    """docs/performance.md's numbers of host time and of variants are those of benchmarks/results."""
+    results = ROOT / "benchmarks" / "results"
+    files = ("host-cpu-fp32", "host-cpu-bf16", "variants-cpu-fp32")
+    fp32, bf16, variants = (json.loads((results / f"{name}.json").read_text())["rows"] for name in files)
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = [[c.strip(" *") for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    cells = [
+        [
+            f"{row[kind]['added']['p50'] * 1e6:.0f} {row[kind]['of_lora']:.2f}"
+            for row in both
+            for kind in ("forward", "training")
+        ]
+        for both in zip(fp32, bf16, strict=True)
+        if both[0]["provider"] != "frozen"
+        and not (both[0]["provider"] == "PEFT LoKr" and "SDXL" in both[0]["case"]["name"])
+    ]
+    shown = [row for row in rows if len(row) == 10 and row[1].startswith(("PEFT", "KronA"))]
+    assert [[f"{a} {b}" for a, b in zip(row[2::2], row[3::2], strict=True)] for row in shown] == cells
+    shown = [row for row in rows if len(row) == 6 and re.match(r"\d+ x \d+", row[0])]
+    names = [f"torch {name}" for name in ("batched", "paired", "gathered", "expanded")]
+    for row, measured in zip(shown, variants, strict=True):
+        assert row[1] == f"({measured['factors'][0]},{measured['factors'][1]})"
+        times = [1e3 * measured["seconds"][name] for name in names]
+        assert row[2:] == [f"{t:.2f}" if t < 2 else f"{t:.1f}" for t in times]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

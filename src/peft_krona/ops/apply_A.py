@@ -28,7 +28,7 @@ from .plan import FEW, Plan
 def apply_A(y: torch.Tensor | None, A: torch.Tensor, h: torch.Tensor, plan: Plan) -> torch.Tensor:
     """y (..., out) + A times h (T, ...), see above, or for y None the product alone, (T, out).
 
-    y must be contiguous and owned by the caller: it is added to in place, inside the GEMM.
+    y must be contiguous and owned by the caller: it is added to in place, inside the GEMM but for "gathered".
     """
     _, a_out, _, b_out, _, layout, _, variant, _, _ = plan
     if variant == "expanded":
