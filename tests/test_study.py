@@ -33,7 +33,7 @@ def record(run: plan.Run, right: float, **more) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
-def test_plan():
+def test_plan(monkeypatch):
     assert not set(plan.CHOOSING) & set(plan.REPORTED)
     assert {*plan.CHOOSING, *plan.REPORTED} == set(demo.subjects())
     for method in plan.METHODS:
@@ -51,8 +51,11 @@ def test_plan():
             assert len({run.method for run in planned}) == len(names)  # one rate a method
     run = plan.planned("stability")[0]
     assert run.key("base") != run.key("other base")
+    before = run.key("base")
     shared = {r.key("b") for r in plan.planned("parameters")} & {r.key("b") for r in plan.planned("stability")}
     assert len(shared) == len(plan.METHODS) * len(plan.REPORTED) * len(plan.SEEDS)  # none is trained twice
+    monkeypatch.setattr(plan, "TRAINING", ())
+    assert run.key("base") != before
 
 
 def test_rates_of_methods_without_a_curve():

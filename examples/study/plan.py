@@ -38,6 +38,13 @@ def rates_of(method: str) -> tuple[float, ...]:
     return tuple(rate(CENTRES[method] + step) for step in range(-3, 4))
 
 
+# What is adapted, the attention as in the paper, and how; the rest is as the demo has it.
+TRAINING = (
+    *("--target_modules", "to_q", "to_k", "to_v", "to_out.0"),
+    *("--lr_scheduler", "cosine", "--repeats", "8", "--mixed_precision", "bf16"),
+)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How much each training gets, and how many pictures are judged."""
@@ -69,7 +76,7 @@ class Run:
         """What tells this run from any other one; `pipeline` is the fingerprint of the base model.  Experiments share
         the runs that are the same but for a name."""
         fields = {k: v for k, v in asdict(self).items() if k not in ("sizes", "flags", "method")}
-        fields = {"flags": " ".join(self.flags), **fields, **asdict(self.sizes), "base": pipeline}
+        fields = {"flags": " ".join((*self.flags, *TRAINING)), **fields, **asdict(self.sizes), "base": pipeline}
         return "; ".join(f"{k}={v}" for k, v in fields.items())
 
 

@@ -32,7 +32,7 @@ from examples.emoji_sd.render import COLOURS, article
 from examples.measure.encoder import Encoder
 from examples.measure.pictures import drift
 
-from .plan import Run, Sizes
+from .plan import TRAINING, Run, Sizes
 
 GUIDANCE = 4.0
 SIZE = (64, 64)
@@ -226,7 +226,7 @@ def execute(run: Run, folder: Path, pipeline: Path = demo.PIPELINE) -> dict[str,
         "--demo", run.subject, "--output_dir", str(folder / "adapter"), "--seed", str(run.seed), *run.flags,
         "--learning_rate", str(run.learning_rate), "--max_train_steps", str(run.sizes.steps),
         "--train_batch_size", str(run.sizes.batch), "--checkpointing_steps", "1000000", "--export", "none",
-        "--report_to", "none", "--pretrained_model_name_or_path", str(pipeline), "--mixed_precision", "bf16",
+        "--report_to", "none", "--pretrained_model_name_or_path", str(pipeline), *TRAINING,
         *some_images(run.subject, run.images, folder / "images"),
     ]  # fmt: skip
     args = parse_args(flags, demo.settings)
