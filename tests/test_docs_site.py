@@ -8,11 +8,15 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors import safe_open
+from torch import nn
 
+from peft_krona import KronAConfig
 from peft_krona.__main__ import main
 from peft_krona.convert import read_adapter
 
@@ -40,7 +44,15 @@ def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
         pytest.skip("needs trl: pip install trl")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+    names, announced = {"__name__": "__main__"}, []
+    if "from deepspeed" in code:  # which is not installed for the tests: the loop over a model that is there
+        zero = ModuleType("deepspeed.runtime.zero")
+        zero.register_external_parameter = lambda module, parameter: announced.append(parameter)
+        monkeypatch.setitem(sys.modules, "deepspeed.runtime.zero", zero)
+        names["model"] = model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), KronAConfig(target_modules=["0"]))
+    exec(compile(code, str(page), "exec"), names)
+    if "from deepspeed" in code:
+        assert [id(p) for p in announced] == [id(p) for p in model.parameters() if p.requires_grad]
 
 
 DIFFS = [d for d in blocks(DOCS / "from_lora.md", "diff") if "\n...\n" not in d]
