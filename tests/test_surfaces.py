@@ -31,6 +31,7 @@ from peft_krona import KronAConfig, KronALayer
 from peft_krona.errors import ConfigError
 from peft_krona.ops import kron_delta_weight
 from peft_krona.ops.reference import delta_weight_loop
+from peft_krona.share import number_of_parameters
 
 X = torch.randn(5, 10, generator=torch.Generator().manual_seed(1))
 
@@ -409,6 +410,23 @@ def test_weighted_sum_is_exact(tmp_path, weights):
     torch.testing.assert_close(loaded.double()(X.double()), model(X.double()))
     model.delete_adapter("sum")
     assert not any(".sum" in key for key in model.state_dict())
+
+
+@pytest.mark.usefixtures("float64")
+def test_weighted_sum_has_the_terms_that_are_there():
+    """Also where somebody has put other factors into a layer since the adapter was added."""
+    model = get_peft_model(mlp(), config(["lin1"]))
+    model.add_adapter("other", config(["lin1"], r=2))
+    (layer,) = krona_layers(model).values()
+    layer.krona_A["default"] = nn.Parameter(torch.randn(3, 4, 2))
+    layer.krona_B["default"] = nn.Parameter(torch.randn(3, 2, 10))
+    assert not model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "sum")
+    assert layer.krona_A["sum"].shape == (5, 4, 2)
+    want = 0.5 * layer.get_delta_weight("default") + 2 * layer.get_delta_weight("other")
+    torch.testing.assert_close(layer.get_delta_weight("sum"), want)
+    model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "less", r=4)
+    assert layer.krona_A["less"].shape == (4, 4, 2)
+    assert number_of_parameters(model, "default") == (3 * 28, 28)
 
 
 def test_weighted_sum_keeps_float64():

@@ -105,7 +105,7 @@ def _combined(layer: KronALayer, parts: list[tuple[str, float]], layout: Layout,
     """The weighted sum on one layer in `layout`, with at most `r` terms (None: as many as the parts have together)."""
     first = layer.krona_A[parts[0][0]]
     dtype = torch.promote_types(first.dtype, torch.float32)
-    terms = sum(layer.r[a] for a, _ in parts)
+    terms = sum(len(layer.krona_A[a]) for a, _ in parts)
     room = terms if r is None else r
     sizes = {layer.factors(a) for a, _ in parts}
     if len(sizes) == 1 and {layer.layout[a] for a, _ in parts} == {layout} and terms <= room:

@@ -200,7 +200,7 @@ def _set_config(
 ) -> None:
     """Let the config say what the layers have: their s as alpha, and as many terms as there is room for."""
     alphas = {name: float(layer.base_scaling[adapter]) for name, layer in layers.items()}
-    rs = {name: layer.r[adapter] for name, layer in layers.items()}
+    rs = {name: len(layer.krona_A[adapter]) for name, layer in layers.items()}
     alpha = max(set(alphas.values()), key=list(alphas.values()).count, default=1.0)
     r = max(set(rs.values()), key=list(rs.values()).count, default=1)
     configs[adapter] = replace(

@@ -97,7 +97,7 @@ def warn_if_small(model: nn.Module, adapter_name: str) -> None:
 def number_of_parameters(model: nn.Module, adapter_name: str) -> tuple[int, int]:
     """(numbers in the factors of one adapter, the same with one term on every layer)."""
     counts = [
-        (layer.krona_A[adapter_name].numel() + layer.krona_B[adapter_name].numel(), layer.r[adapter_name])
+        (layer.krona_A[adapter_name].numel() + layer.krona_B[adapter_name].numel(), len(layer.krona_A[adapter_name]))
         for layer in model.modules()
         if isinstance(layer, KronALayer) and adapter_name in layer.krona_A
     ]
