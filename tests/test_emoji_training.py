@@ -124,7 +124,7 @@ def test_the_pipeline_loads_and_draws(tmp_path):
     assert latents[0].shape == (4, vae.CHANNELS, 16, 16)
     assert clip.LatentEncoder(vae.CHANNELS)(latents[0].float()).shape == (4, clip.WIDTH)
     ids = tokenize(tokenizer, ["a cat", "a red bus", "two pears", "a drum"])[:, None]
-    loop = unet.train(tmp_path, latents, text, ids, ids[0, 0], steps=1)
+    loop = unet.train(tmp_path, latents, torch.ones(len(latents[0])), text, ids, ids[0, 0], steps=1)
     assert loop.finished
 
     model = unet.build(16, vae.CHANNELS, text.config.hidden_size)
@@ -187,3 +187,12 @@ def test_prompts_to_evaluate_name_what_was_learned(tmp_path):
     assert Counter(names).most_common(1)[0][1] == 3 and len(colours) == 5  # as often as each other, as far as it goes
     assert evaluate.prompt("apple", "orange") == "an apple on an orange background"
     assert set(export.concepts(train.PIPELINE)) <= set(TRAINED_CONCEPTS)
+
+
+def test_common_scenes_come_three_times_as_often():
+    common = ("a bear on a green background", "an elephant", "a photo of a leftover on an orange background")
+    others = (
+        "a small cat on a red background", "a bear on a green background on the left", "two pears",
+        "a bird on a striped red background", "a large corn", "a doughnut on a gradient green background",
+    )  # fmt: skip
+    assert {train.weight(c) for c in common} == {3.0} and {train.weight(c) for c in others} == {1.0}

@@ -180,3 +180,21 @@ def test_the_page_of_evidence_has_the_numbers_of_its_file():
     ]
     for claim, row in zip(claims.CLAIMS, found["claims"], strict=True):
         assert row["verdict"] == claim.verdict(claims.at(found, claim.number))
+
+
+def test_which_subjects_the_demo_s_settings_reach():
+    """80 % right subjects and 90 % right backgrounds on the mean over seeds, counted by hand."""
+    shares = {"robot": [(0.7, 1.0), (0.9, 0.9)], "owl": [(0.79, 1.0), (0.79, 1.0)], "duck": [(1.0, 0.9), (1.0, 0.88)]}
+    own = [
+        {"subject": s, "seed": seed, "subject_right": a, "background_right": b, "similarity": 0.5, "drift": 0.1}
+        for s, some in shares.items()
+        for seed, (a, b) in enumerate(some)
+    ]
+    found = summary.default(own)
+    assert found["reached"] == ["robot"] and found["reached_of_the_reported"] == [] and found["seeds"] == 2
+    assert found["subjects"]["duck"] == {
+        "subject_right": 1.0, "background_right": 0.89, "similarity": 0.5, "drift": 0.1,
+    }  # fmt: skip
+    assert found["means"]["all"]["subject_right"]["mean"] == pytest.approx((0.8 + 0.79 + 1.0) / 3, rel=1e-5)
+    text = tables.default({"default": found})
+    assert "**1 of 3 subjects**" in text and "0 of 1. 2 seeds." in text and "| robot | chosen on | 80% | 95% |" in text

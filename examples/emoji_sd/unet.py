@@ -2,12 +2,13 @@
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from .loop import Loop, adamw, autocast
 
-STEPS, BATCH, LR, EMA, DROPOUT = 12_000, 32, 1e-3, 0.999, 0.1
+STEPS, BATCH, LR, EMA, DROPOUT = 18_500, 32, 1e-3, 0.999, 0.1
 WIDTHS = (64, 128, 192)
 
 
@@ -30,18 +31,20 @@ def build_scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-def train(folder, latents: tuple[Tensor, Tensor], text_encoder: nn.Module, ids: Tensor, empty: Tensor,
+def train(folder, latents: tuple[Tensor, Tensor], weights: Tensor, text_encoder: nn.Module, ids: Tensor, empty: Tensor,
           steps: int = STEPS, deadline=None, after_save=None) -> Loop:  # fmt: skip
     """`latents` scaled means and deviations, N x C x H x W; `ids` N x K x L, the tokens of K captions each; `empty` L,
-    those of the empty prompt.  The text encoder learns on with the U-Net: it is small and costs next to nothing.
+    those of the empty prompt; `weights` N, how often each picture is taken.  The text encoder learns on with
+    the U-Net: it is small and costs next to nothing.
     The averaged weights, `split(loop.averaged())`, are the result."""
     mean, std = latents
     unet = build(mean.shape[-1], mean.shape[1], text_encoder.config.hidden_size)
+    unet.set_attn_processor(AttnProcessor())  # on 16 to 64 tokens a fifth less time a step than the fused kernel
     noise_scheduler = DDPMScheduler.from_config(build_scheduler().config)
     timesteps = noise_scheduler.config.num_train_timesteps
 
     def loss(step):
-        pick = torch.randint(len(mean), (BATCH,))
+        pick = torch.multinomial(weights, BATCH, replacement=True)
         x = mean[pick].float()
         x = x + std[pick].float() * torch.randn_like(x)
         words = ids[pick, torch.randint(ids.shape[1], (BATCH,))]

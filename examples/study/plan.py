@@ -12,16 +12,16 @@ CHOOSING = ("robot", "teapot", "guitar", "mushroom", "boot", "dog", "owl")
 REPORTED = ("unicorn", "duck", "teddy_bear", "snowman", "ghost", "backpack", "potted_plant", "cupcake")
 SEEDS = (0, 1, 2)
 
-# Flags of examples/dreambooth_kron.py, and the parameters on the shipped pipeline's attention, 128 and 192 wide.
-# LoRA's smallest rank has about KronA's parameters.  LoKr's default has exactly as many as KronA (64, 4): both of its
-# matrices are full there, so it is also the LoKr of equal parameters.  LoKr of factor 2 has as many as LoRA r=4.
+# Flags of examples/dreambooth_kron.py, and the parameters on the layers that the demo adapts (demo.TARGETS).  LoRA's
+# smallest rank and LoKr's default, both of whose matrices are full here, have as many as KronA (64, 8), and a sixth
+# more than (64, 4).  LoKr of factor 2 has as many as LoRA r=4.
 METHODS = {
-    "krona 64,4": ("--adapter_type", "krona", "--krona_a_out", "64", "--krona_a_in", "4"),  # 20,096
-    "krona 64,8": ("--adapter_type", "krona", "--krona_a_out", "64", "--krona_a_in", "8"),  # 31,552
-    "lora r=1": ("--adapter_type", "lora", "--rank", "1"),  # 17,920
-    "lora r=4": ("--adapter_type", "lora", "--rank", "4"),  # 71,680
-    "lokr": ("--adapter_type", "lokr", "--rank", "8"),  # 20,096; 8 is PEFT's default
-    "lokr f=2": ("--adapter_type", "lokr", "--rank", "8", "--lokr_factor", "2"),  # 71,904
+    "krona 64,4": ("--adapter_type", "krona", "--krona_a_out", "64", "--krona_a_in", "4"),  # 66,992
+    "krona 64,8": ("--adapter_type", "krona", "--krona_a_out", "64", "--krona_a_in", "8"),  # 77,272
+    "lora r=1": ("--adapter_type", "lora", "--rank", "1"),  # 77,952
+    "lora r=4": ("--adapter_type", "lora", "--rank", "4"),  # 311,808
+    "lokr": ("--adapter_type", "lokr", "--rank", "8"),  # 78,448; 8 is PEFT's default
+    "lokr f=2": ("--adapter_type", "lokr", "--rank", "8", "--lokr_factor", "2"),  # 312,264
 }
 STEP = 10 ** (2.5 / 6)  # between neighbouring rates: seven of them are 2.5 decades
 # The middle of each method's seven rates, as a step of `rate`, stated before any reported subject was trained: about
@@ -38,9 +38,12 @@ def rates_of(method: str) -> tuple[float, ...]:
     return tuple(rate(CENTRES[method] + step) for step in range(-3, 4))
 
 
-# What is adapted, the attention as in the paper, and how; the rest is as the demo has it.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # what the paper adapts
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+CONVOLUTIONS = ("proj_in", "proj_out", "conv1", "conv2", "conv_shortcut")
+# What is adapted, all that the demo adapts, and how; the rest is as the demo has it.
 TRAINING = (
-    *("--target_modules", "to_q", "to_k", "to_v", "to_out.0"),
+    *("--target_modules", *ATTENTION, *FEED_FORWARD, *CONVOLUTIONS),
     *("--lr_scheduler", "cosine", "--repeats", "8", "--mixed_precision", "bf16"),
 )
 
@@ -57,6 +60,8 @@ class Sizes:
     unrelated: int = 6  # prompts that the adapter should leave alone
 
 
+DEMO = Sizes(steps=400, each=4)  # as `make demo`, which draws in 30 sampling steps
+DEMO_RATE = 7e-3  # that of examples/dreambooth/demo.py, chosen on CHOOSING
 QUICK = Sizes(steps=2, batch=1, sampler_steps=2, backgrounds=1, each=1, unrelated=1)
 
 
@@ -119,7 +124,16 @@ OTHERS = {
 FACTORS = {f"krona {o},{i}": krona(o, i) for o, i in ((64, 4), (4, 64), (32, 8), (8, 32), (16, 16))}
 FACTORS |= {f"krona 64,4; {part} 4,64": turned(part) for part in "qkvo"}
 FACTORS |= {"krona 64,4 diffusekrona": (*krona(64, 4), "--layout", "diffusekrona")}
-FACTORS |= {"krona 64,8": krona(64, 8), "krona 64,2 r=2": krona(64, 2, 2)}  # r > 1 at about equal parameters
+FACTORS |= {"krona 64,16": krona(64, 16), "krona 64,4 r=2": krona(64, 4, 2)}  # 126,188 and 133,984 parameters
+LAYERS = {
+    f"{name}, {where}": (*METHODS[name], *flags)
+    for name in ("krona 64,4", "lora r=4")
+    for where, flags in {
+        "attention": ("--target_modules", *ATTENTION),
+        "attention and feed-forward": ("--target_modules", *ATTENTION, *FEED_FORWARD),
+        "all layers": (),
+    }.items()
+}
 
 
 def terms(flags: tuple[str, ...]) -> int:
@@ -161,10 +175,28 @@ def one_image(rates: Mapping[str, float]) -> list[Run]:
     ]
 
 
-FREE = {"choosing": choosing, "stability": stability}  # their rates are stated in this file
-TUNED = {"one_image": one_image, "factors": factors, "parameters": parameters}  # theirs follow from "stability"
+def layers(rates: Mapping[str, float]) -> list[Run]:
+    """Which layers are adapted: attention, as the paper has it, with the feed-forward layers, or convolutions too."""
+    return [
+        Run(name, flags, rates[name.partition(", ")[0]], seed, subject)
+        for seed, subject, (name, flags) in product(SEEDS, REPORTED, LAYERS.items())
+    ]
+
+
+def default() -> list[Run]:
+    """What `make demo` does, on all subjects."""
+    return [
+        Run("krona 64,4", METHODS["krona 64,4"], DEMO_RATE, seed, subject, DEMO)
+        for seed, subject in product(SEEDS, (*CHOOSING, *REPORTED))
+    ]
+
+
+# their rates are stated in this file
+FREE = {"choosing": choosing, "default": default, "stability": stability}
+# theirs follow from "stability"
+TUNED = {"one_image": one_image, "layers": layers, "factors": factors, "parameters": parameters}
 EXPERIMENTS = (*FREE, *TUNED)
-USUAL = ("stability", *TUNED)
+USUAL = ("default", "stability", *TUNED)
 STATED = {method: rate(centre) for method, centre in CENTRES.items()}
 
 
@@ -185,9 +217,11 @@ def quick() -> dict[str, list[Run]]:
     """Does every experiment run?  Two subjects, as an interval needs; the numbers say nothing."""
     two = REPORTED[:2]
     wanted = {
+        "default": {"krona 64,4": (METHODS["krona 64,4"], (DEMO_RATE,))},
         "stability": {"krona 64,4": (METHODS["krona 64,4"], (1e-3, 1e-2)), "lora r=1": (METHODS["lora r=1"], (1e-2,))},
         "parameters": {"lokr f=4": (OTHERS["lokr f=4"][0], (1e-2,))},
         "factors": {"krona 64,4; q 4,64": (FACTORS["krona 64,4; q 4,64"], (1e-2,))},
+        "layers": {"krona 64,4, attention": (LAYERS["krona 64,4, attention"], (1e-2,))},
         "one_image": {"krona 64,4, 1 image": (METHODS["krona 64,4"], (1e-2,))},
     }
     return {

@@ -223,10 +223,10 @@ def execute(run: Run, folder: Path, pipeline: Path = demo.PIPELINE) -> dict[str,
     """
     begun = time.process_time()
     flags = [
-        "--demo", run.subject, "--output_dir", str(folder / "adapter"), "--seed", str(run.seed), *run.flags,
+        "--demo", run.subject, "--output_dir", str(folder / "adapter"), "--seed", str(run.seed), *TRAINING, *run.flags,
         "--learning_rate", str(run.learning_rate), "--max_train_steps", str(run.sizes.steps),
         "--train_batch_size", str(run.sizes.batch), "--checkpointing_steps", "1000000", "--export", "none",
-        "--report_to", "none", "--pretrained_model_name_or_path", str(pipeline), *TRAINING,
+        "--report_to", "none", "--pretrained_model_name_or_path", str(pipeline),
         *some_images(run.subject, run.images, folder / "images"),
     ]  # fmt: skip
     args = parse_args(flags, demo.settings)

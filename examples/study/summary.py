@@ -12,7 +12,7 @@ import numpy as np
 from examples.measure.intervals import Interval, interval
 
 from . import claims, rules
-from .plan import METHODS, Run
+from .plan import CHOOSING, METHODS, REPORTED, Run
 from .statistics import (
     WITHIN,
     Cell,
@@ -36,6 +36,9 @@ COSTS = (
     "seconds_base", "seconds_run",
 )  # fmt: skip
 OWN = "krona 64,4"  # what the others are compared with
+# how `OWN` is called in the experiments that run each method at one rate
+KINDS = {"factors": "", "parameters": "", "layers": ", all layers", "one_image": ", 1 image"}
+ENOUGH = {"subject_right": 0.8, "background_right": 0.9}  # what a subject has to reach with the demo's settings
 Records = Mapping[str, dict[str, Any]]
 
 
@@ -90,14 +93,19 @@ def summarize(
                 by_cell, {m: rules.dropped_rates(records, m, base).rates for m, _ in by_cell if m in METHODS}
             )
             whole["cost"] = cost(by_cell)
-        elif name in ("factors", "parameters", "one_image"):
-            found |= compared(by_cell, ", 1 image" if name == "one_image" else "")
+        elif name == "default":
+            found |= default([record for own in by_cell.values() for record in own])
+        elif name in KINDS:
+            found |= compared(by_cell, KINDS[name])
         whole[name] = found
     if factors := whole.get("factors"):
-        factors["terms"] = two(cells(runs["factors"], records, base), "krona 64,2 r=2", "krona 64,8")
+        factors["terms"] = two(cells(runs["factors"], records, base), "krona 64,4 r=2", "krona 64,16")
     if one_image := whole.get("one_image"):
         by_cell = cells(runs["one_image"], records, base)
         one_image["fewer"] = {m: two(by_cell, f"{m}, 1 image", f"{m}, 5 images") for m in METHODS}
+    if layers := whole.get("layers"):
+        by_cell = cells(runs["layers"], records, base)
+        layers["feed_forward"] = two(by_cell, f"{OWN}, attention and feed-forward", f"{OWN}, attention")
     whole["claims"] = claims.decided(whole)
     return whole
 
@@ -111,6 +119,23 @@ def row(cell: Cell, own: Sequence[dict[str, Any]], planned: int) -> dict[str, An
         "share": float(np.mean([r[rules.QUALITY] for r in own])) if own else None,
         "norm": float(np.mean([r["update_norm"] for r in own])) if own else None,
     } | {measure: mean(by_subject(own, pairs, measure)) for measure in MEASURES}  # fmt: skip
+
+
+def default(own: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Each subject's shares over its seeds, those of all subjects, and how many subjects reach `ENOUGH`."""
+    pairs = {(r["subject"], r["seed"]) for r in own}
+    measures = {measure: by_subject(own, pairs, measure) for measure in (*ENOUGH, "similarity", "drift")}
+    reached = [s for s in measures["subject_right"] if all(measures[m][s] >= least for m, least in ENOUGH.items())]
+    return {
+        "seeds": len({seed for _, seed in pairs}),
+        "subjects": {s: {m: round(v[s], 4) for m, v in measures.items()} for s in measures["subject_right"]},
+        "reached": reached,
+        "reached_of_the_reported": [s for s in reached if s in REPORTED],
+        "means": {
+            kind: {m: mean({s: x for s, x in v.items() if s in some}) for m, v in measures.items()}
+            for kind, some in {"all": (*CHOOSING, *REPORTED), "reported": REPORTED}.items()
+        },
+    }
 
 
 def stability(by_cell: Mapping[Cell, list[dict[str, Any]]], dropped: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .plan import CHOOSING
+
 Summary = Mapping[str, Any]
 NOT_RUN = "not run"
 NAMES = {
@@ -35,7 +37,7 @@ def parameters(count: int | None) -> str:
 def state(summary: Summary) -> str:
     rows = [
         [name, f"{summary[name]['done']} of {summary[name]['planned']}"]
-        for name in ("stability", "parameters", "factors", "one_image")
+        for name in ("default", "stability", "parameters", "factors", "layers", "one_image")
         if name in summary
     ]
     lines = [table(["experiment", "runs done"], rows), ""]
@@ -124,6 +126,29 @@ def of(summary: Summary, name: str) -> str:
     return means(found) if found and ran else NOT_RUN
 
 
+def default(summary: Summary) -> str:
+    """A row a subject, in the order of the plan, and the sums."""
+    found = summary.get("default", {})
+    if not found.get("subjects"):
+        return NOT_RUN
+    rows = [
+        [subject, "chosen on" if subject in CHOOSING else "", f"{own['subject_right']:.0%}",
+         f"{own['background_right']:.0%}", f"{own['similarity']:.3f}", f"{own['drift']:.3f}"]
+        for subject, own in found["subjects"].items()
+    ]  # fmt: skip
+    columns = ("subject_right", "background_right", "similarity", "drift")
+    for kind, means in found["means"].items():
+        rows.append([f"mean, {kind}", "", *(number(means[m]) for m in columns)])
+    own, reported = found["reached"], [s for s in found["subjects"] if s not in CHOOSING]
+    return (
+        table(["subject", "", *(NAMES[m] for m in columns)], rows)
+        + f"\n\n**{len(own)} of {len(found['subjects'])} subjects** have the right subject in 80 % and the right "
+        f"background in 90 % of the pictures; of those that nothing was chosen on "
+        f"{len(found['reached_of_the_reported'])} of "
+        f"{len(reported)}. {found['seeds']} seed{'s' * (found['seeds'] > 1)}."
+    )
+
+
 def long_prompts(summary: Summary) -> str:
     found = summary.get("stability", {})
     if not found.get("best"):
@@ -168,6 +193,7 @@ def sections(summary: Summary, plots: str = "") -> dict[str, str]:
     return {
         "state": state(summary),
         "claims": claims(summary),
+        "default": default(summary),
         "curves": picture(shown, "Quality by learning rate and by the norm of dW, a line a method", "stability"),
         "stability": stability(summary),
         "best": best(summary),
@@ -175,6 +201,7 @@ def sections(summary: Summary, plots: str = "") -> dict[str, str]:
         "parameters": picture(of(summary, "parameters"), "Quality by the number of parameters", "parameters"),
         "factors": picture(of(summary, "factors"), "Quality by factors", "factors"),
         "factors paired": paired(summary.get("factors", {})),
+        "layers": of(summary, "layers"),
         "one_image": of(summary, "one_image"),
         "long_prompts": long_prompts(summary),
         "cost": cost(summary),
