@@ -255,6 +255,14 @@ REFUSED = [
     ("target_modules", 3, "a list of names, a regex string or None"),
     ("exclude_modules", {"a": 1}, "a list of names, a regex string or None"),
     ("rank_pattern", ["q"], r"a dict \{module name or regex: value\}"),
+    ("alpha", 10**400, NUMBER),
+    ("inference_mode", "no", "True or False"),
+    *((field, value, "a list of names, each a string, or one regex")
+      for field in ("target_modules", "exclude_modules") for value in ({1}, {"q", None}, {""})),
+    ("modules_to_save", "head", r"a list of names: \['head'\]"),  # PEFT would take its letters
+    *(("modules_to_save", value, "a list of names, or None") for value in ([1], 5, [""], {"head": 1})),
+    *(("layers_to_transform", value, "an index >= 0, a list of them, or None")
+      for value in ("3", -1, [0, "1"], 1.5, True, [0, -2], {"0": 1})),
     ("factor_pattern", "q", r"a dict \{module name or regex: value\}"),
 ]  # fmt: skip
 
@@ -283,6 +291,22 @@ def test_bad_values_are_named(field, value, allowed):
 def test_bad_pattern_values_are_named_with_their_key(field, value, allowed):
     with pytest.raises(ConfigError, match=rf"KronAConfig\.{field}\['q'\]=.* is not allowed; expected {allowed}"):
         KronAConfig(target_modules=["q"], **{field: value})
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("value", ["*", "(", "to_q[", "+"])
+def test_a_string_is_a_regex(field, value):
+    with pytest.raises(
+        ConfigError, match=rf"KronAConfig\.{field}='.*' is not allowed: a string is a regex .* no valid"
+    ):
+        KronAConfig(**{field: value})
+
+
+def test_pattern_keys_are_strings():
+    with pytest.raises(ConfigError, match=r"rank_pattern: key=1 is not allowed; expected a module name or regex"):
+        KronAConfig(rank_pattern={1: 2})
+    with pytest.raises(ConfigError, match=r"layers_pattern=\[1\] is not allowed; expected a name, a list of names"):
+        KronAConfig(target_modules=["q"], layers_to_transform=[0], layers_pattern=[1])
 
 
 @pytest.mark.parametrize("field,value", [("rank_pattern", 2), ("alpha_pattern", 2.0), ("factor_pattern", (4, 2))])

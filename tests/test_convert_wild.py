@@ -9,9 +9,9 @@ import re
 import pytest
 import torch
 from convert_fixtures import relative
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from rounding import STORED
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_krona.convert import AdapterFile, LayerUpdate, export, from_tensors, read_adapter
@@ -295,6 +295,32 @@ def test_a_header_with_an_alpha_that_is_none():
         from_tensors(PEFT_NAMES, {"lora_alpha": "nan"})
 
 
+@pytest.mark.parametrize(
+    ("table", "scale"),
+    [
+        ({"lora_alpha": 64, "use_rslora": True}, 16.0),
+        ({"lora_alpha": 64, "alpha_pattern": {"to_q": 32}}, 2.0),
+        ({"lora_alpha": 64, "alpha_pattern": {"transformer_blocks.0.attn.to_q": 16}}, 1.0),
+        ({"lora_alpha": 64, "alpha_pattern": {"to_k": 32}}, 4.0),
+        ({"text_encoder": {"lora_alpha": 2}, "transformer": {"lora_alpha": 64}}, 4.0),
+        ({"transformer": {"lora_alpha": 64, "alpha_pattern": {"to_q": 32}, "use_rslora": True}}, 8.0),
+    ],
+    ids=str,
+)
+def test_settings_that_stand_only_in_the_header(table, scale):
+    """As PEFT computes s from them."""
+    assert from_tensors(PEFT_NAMES, {"config": json.dumps(table)}).layers[0].scale == scale
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"use_dora": True}, "use_dora is set; DoRA"), ({"init_lora_weights": "pissa"}, "also changed the base weights")],
+)
+def test_settings_in_the_header_that_are_another_update(setting, message):
+    with pytest.raises(FormatError, match=message):
+        from_tensors(PEFT_NAMES, {"config": json.dumps({"lora_alpha": 16} | setting)})
+
+
 # -- formats -----------------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +345,31 @@ def test_every_layer_has_its_own_format():
     assert adapter.source == "lokr+loha+lora" and len(adapter) == 3
     for layer in adapter:
         assert relative(layer.delta_weight(), wanted[layer.module.split("transformer_blocks.0.")[1]]) <= STORED
+
+
+@pytest.mark.parametrize("second", [("lora_A.weight", "lora_B.weight"), ("down.weight", "up.weight")], ids=str)
+def test_two_loras_of_one_layer_are_refused(second):
+    down, up = second
+    both = LORA | {f"{NAME}.{down}": torch.ones(2, 32), f"{NAME}.{up}": torch.ones(32, 2)}
+    with pytest.raises(FormatError, match=r"has two LoRAs .*which of them counts is not defined"):
+        from_tensors(both)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_encoder.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+        "text_encoder_2.down_blocks.0.resnets.0.conv1",
+        "lora_te1_up_blocks_0_attentions_0_proj_in",
+        "lora_te_mid_block_attentions_0_transformer_blocks_0_attn1_to_q",
+        "unet.text_model.encoder.layers.0.self_attn.q_proj",
+        "transformer.text_model.encoder.layers.0.self_attn.q_proj",
+        "lora_transformer_text_model_encoder_layers_0_self_attn_q_proj",
+    ],
+)
+def test_layers_under_another_part_of_the_pipeline_are_refused(name):
+    with pytest.raises(FormatError, match=rf"'{name}' .*by its (start|end)|'{name}' is not one|UNet and of a transf"):
+        from_tensors({f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.ones(8, 2)})
 
 
 @pytest.mark.parametrize(
@@ -461,6 +512,21 @@ def test_lora_folders_whose_update_is_another_are_refused(change, message, tmp_p
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(FormatError, match=message):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, LoHaConfig, LoKrConfig], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("change", [{"r": 8}, {"rank_pattern": {"lin": 3}}, {"r": 0}, {"r": "2"}], ids=str)
+def test_folders_whose_ranks_are_not_the_configs_are_refused(kind, change, tmp_path):
+    """PEFT does not load them; their scale alpha / r would be a guess."""
+    get_peft_model(Net(), kind(r=2, target_modules=["lin"])).save_pretrained(str(tmp_path))
+    if kind is LoKrConfig:  # whose factors are full with a rank as large as they are
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        assert any(key.endswith("_a") for key in tensors), sorted(tensors)
+    assert len(read_adapter(tmp_path)) == 1
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(FormatError, match=r"its factors have rank 2, but the config gives this layer r=|config's r is"):
         read_adapter(tmp_path)
 
 

@@ -438,6 +438,41 @@ def test_weighted_sum_keeps_float64():
     torch.testing.assert_close(layer.get_delta_weight("sum"), want, rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.parametrize("strength", [1e-12, 1e-7, 1e-3, 1.0, 1e4, 1e6], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("a_out", [4, 2], ids=["equal", "unequal"])
+def test_weighted_sum_of_16_bit_adapters(dtype, strength, a_out):
+    """Weights far from 1 neither make factors infinite nor let them vanish."""
+    model = get_peft_model(mlp(), config(["lin0", "lin1"], a_out=4, a_in=2, init_weights=False))
+    model.add_adapter("other", config(["lin0"], a_out=a_out, a_in=2, init_weights=False))
+    model.to(dtype)
+    for weights in ([strength, -2 * strength], [strength, 0.0]):
+        model.add_weighted_adapter(["default", "other"], weights, "sum", r=8)
+        for layer in krona_layers(model).values():
+
+            def delta(name, layer=layer):
+                A, B = (factors[name].detach().double() for factors in (layer.krona_A, layer.krona_B))
+                return kron_delta_weight(A, B, scale=float(layer.scaling[name]))
+
+            parts = zip(("default", "other"), weights, strict=True)
+            want = sum(w * delta(name) for name, w in parts if name in layer.krona_A)
+            error = ((delta("sum") - want).norm() / want.norm()).item()
+            assert error <= 2 * torch.finfo(dtype).eps, (weights, error)  # A and B are rounded once each
+            assert layer.krona_A["sum"].dtype == dtype
+        model.delete_adapter("sum")
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf"), "1", None], ids=str)
+def test_weights_of_adapters_are_finite_numbers(weight):
+    model = adapted_mlp()
+    layers = krona_layers(model).values()
+    before = [dict(layer.scaling) for layer in layers]
+    with pytest.raises(ConfigError, match="An adapter's weight should be a finite number, got"):
+        for layer in layers:
+            layer.set_scale("default", weight)
+    assert [layer.scaling for layer in layers] == before
+
+
 def test_weighted_sum_touches_only_layers_that_have_a_part():
     """A layer whose name ends in an adapted layer's name must not be adapted along."""
     base = nn.ModuleDict({"lin": nn.Linear(8, 8), "sub": nn.ModuleDict({"lin": nn.Linear(8, 8)})})
@@ -526,6 +561,13 @@ def test_weighted_sum_is_the_nearest_one():
         ),
         ((["default"], [1.0], "default"), "Adapter 'default' exists already. Delete it first or choose another name"),
         ((["default"], [float("nan")], "sum"), r"Weights must be finite, got \[nan\]"),
+        ((["default"], ["1"], "sum"), r"Expected a list of numbers as weights, got \['1'\]"),
+        ((["default"], [None], "sum"), r"Expected a list of numbers as weights, got \[None\]"),
+        ((["default"], 1.0, "sum"), r"Expected a list of numbers as weights, got 1\.0"),
+        (("default", [1.0], "sum"), "Expected a list of adapter names, got 'default'"),
+        (({"default"}, [1.0], "sum"), r"Expected a list of adapter names, got \{'default'\}"),
+        (([1], [1.0], "sum"), r"Expected a list of adapter names, got \[1\]"),
+        ((["default"], [1.0], 3), "adapter_name=3 is not allowed"),
         ((["default", "default"], [1.0, 1.0], "sum"), "Each adapter may be named once"),
         ((["default"], [1.0], "sum", "linear", 0), "r=0 is not allowed; expected an integer >= 1, or None"),
         ((["default"], [1.0], "lin0"), "adapter_name='lin0' is not allowed: it is a part of the model's own names"),

@@ -29,7 +29,11 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
         ConfigError: if the name is empty, has a dot, is an attribute of torch.nn.ModuleDict, or is a part of the names
             of the model's layers.
     """
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+    if (
+        not (isinstance(adapter_name, str) and adapter_name)
+        or "." in adapter_name
+        or hasattr(nn.ModuleDict(), adapter_name)
+    ):
         raise ConfigError(
             f"adapter_name={adapter_name!r} is not allowed; expected a name that is not empty, has no dots and is no "
             "attribute of torch.nn.ModuleDict. Choose another."

@@ -12,8 +12,8 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import reduce
-from math import isfinite
-from typing import NamedTuple
+from math import isfinite, log2
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -29,15 +29,16 @@ logger = logging.getLogger(__name__)
 
 
 class Combined(NamedTuple):
-    """One layer's weighted sum: sum_n A_n (x) B_n in `layout`, and how far it is from the sum of the parts.
+    """One layer's weighted sum: scale * sum_n A_n (x) B_n in `layout`, and how far it is from the sum of the parts.
 
     A: (r, a_out, a_in). B: (r, b_out, b_in, *kernel). error: ||dW - sum of parts||_F / ||sum of parts||_F; None where
-    the terms are those of the parts, which is exact.
+    the terms are those of the parts, which is exact. scale: a power of two.
     """
 
     A: torch.Tensor
     B: torch.Tensor
     error: float | None
+    scale: float = 1.0
 
 
 def combine_adapters(
@@ -49,7 +50,7 @@ def combine_adapters(
     r: int | None = None,
 ) -> dict[str, float]:
     """See `KronAModel.add_weighted_adapter`."""
-    _check_arguments(model, adapters, weights, adapter_name, combination_type, r)
+    weights = _check_arguments(model, adapters, weights, adapter_name, combination_type, r)
     check_adapter_name(model.model, adapter_name)
     layers = {name: m for name, m in model.model.named_modules() if isinstance(m, KronALayer)}
     parts = {
@@ -68,6 +69,7 @@ def combine_adapters(
 
     shapes = {name: tuple(c.A.shape) for name, c in combined.items()}
     r, a_out, a_in = Counter(shapes.values()).most_common(1)[0][0]
+    alpha = Counter(c.scale for c in combined.values()).most_common(1)[0][0]
     config = replace(
         configs[adapters[0]],
         target_modules="|".join(re.escape(name) for name in sorted(parts)),  # a regex has to match a whole name
@@ -78,13 +80,13 @@ def combine_adapters(
         r=r,
         a_out=a_out,
         a_in=a_in,
-        alpha=1.0,
+        alpha=alpha,
         scaling="alpha",
         layout=layout,
         bias="none",
         strict_factors=True,
         rank_pattern={_exactly(name): shape[0] for name, shape in shapes.items() if shape[0] != r},
-        alpha_pattern={},
+        alpha_pattern={_exactly(name): c.scale for name, c in combined.items() if c.scale != alpha},
         factor_pattern={
             _exactly(n): (out, n_in) for n, (_, out, n_in) in shapes.items() if (out, n_in) != (a_out, a_in)
         },
@@ -92,7 +94,7 @@ def combine_adapters(
     model.peft_config[adapter_name] = config
     model.inject_adapter(model.model, adapter_name)
     with torch.no_grad():
-        for name, (A, B, _) in combined.items():
+        for name, (A, B, *_) in combined.items():
             layer = layers[name]
             source = layer.krona_A[parts[name][0][0]]
             layer.krona_A[adapter_name].data = A.to(source.device, source.dtype)
@@ -105,22 +107,35 @@ def _combined(layer: KronALayer, parts: list[tuple[str, float]], layout: Layout,
     """The weighted sum on one layer in `layout`, with at most `r` terms (None: as many as the parts have together)."""
     first = layer.krona_A[parts[0][0]]
     dtype = torch.promote_types(first.dtype, torch.float32)
+    c = _power_of_two(max(abs(w * float(layer.scaling[a])) for a, w in parts))
     terms = sum(len(layer.krona_A[a]) for a, _ in parts)
     room = terms if r is None else r
     sizes = {layer.factors(a) for a, _ in parts}
     if len(sizes) == 1 and {layer.layout[a] for a, _ in parts} == {layout} and terms <= room:
-        A = torch.cat([layer.krona_A[a].to(dtype) * (w * layer.scaling[a]) for a, w in parts])
-        return Combined(A, torch.cat([layer.krona_B[a].to(dtype) for a, _ in parts]), None)
+        A = torch.cat([layer.krona_A[a].to(dtype) * (w * layer.scaling[a] / c) for a, w in parts])
+        return Combined(A, torch.cat([layer.krona_B[a].to(dtype) for a, _ in parts]), None, c)
     deltas = (
-        w
-        * kron_delta_weight(
-            layer.krona_A[a].double(), layer.krona_B[a].double(), scale=float(layer.scaling[a]), layout=layer.layout[a]
+        kron_delta_weight(
+            layer.krona_A[a].double(),
+            layer.krona_B[a].double(),
+            scale=w * float(layer.scaling[a]) / c,
+            layout=layer.layout[a],
         )
         for a, w in parts
     )
     dW = reduce(torch.add, deltas)
-    tried = (_nearest(dW, *factors, room, layout, first.dtype) for factors in sorted(sizes))
+    tried = (_nearest(dW, *factors, room, layout, first.dtype)._replace(scale=c) for factors in sorted(sizes))
     return min(tried, key=lambda c: (round(c.error or 0.0, 6), len(c.A)))  # below that, it is rounding that differs
+
+
+def _power_of_two(strength: float) -> float:
+    """What of the largest |w s| goes into s instead of A, so that 16-bit factors neither overflow nor vanish.
+
+    >>> _power_of_two(0.7), _power_of_two(1e-6), _power_of_two(0.0)
+    (1.0, 9.5367431640625e-07, 1.0)
+    """
+    exponent = round(log2(strength)) if strength else 0
+    return 2.0**exponent if abs(exponent) > 6 else 1.0
 
 
 def _nearest(dW: torch.Tensor, a_out: int, a_in: int, r: int, layout: Layout, dtype: torch.dtype) -> Combined:
@@ -163,18 +178,25 @@ def _check_arguments(
     adapter_name: str,
     combination_type: str,
     r: int | None,
-) -> None:
+) -> list[float]:
+    """The weights as floats."""
     if combination_type != "linear":
         raise ConfigError(
             f"combination_type={combination_type!r} is not offered; use 'linear', which is exact for KronA."
         )
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
         raise ConfigError(f"r={r!r} is not allowed; expected an integer >= 1, or None for as many terms as there are.")
+    if not isinstance(adapters, (list, tuple)) or not all(isinstance(name, str) for name in adapters):
+        raise ConfigError(f"Expected a list of adapter names, got {adapters!r}.")
+    weights = _numbers(weights)
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"Expected one weight an adapter, got {len(adapters)} adapters and {len(weights)} weights.")
     missing = [name for name in adapters if name not in model.peft_config]
     if missing:
         raise ConfigError(f"Adapter(s) {missing} do not exist; there are {sorted(model.peft_config)}.")
+    others = [name for name in adapters if not isinstance(model.peft_config[name], KronAConfig)]
+    if others:
+        raise ConfigError(f"Adapter(s) {others} are no KronA adapters; only those can be combined here.")
     if adapter_name in model.peft_config:
         raise ConfigError(f"Adapter {adapter_name!r} exists already. Delete it first or choose another name.")
     if not all(isfinite(w) for w in weights):
@@ -189,3 +211,15 @@ def _check_arguments(
                     f"Cannot combine adapter {name!r}: it was trained with {field}={value!r}, which is no part of the "
                     "factors and would be left out. Merge instead, or combine adapters without it."
                 )
+    return weights
+
+
+def _numbers(weights: Any) -> list[float]:
+    """One float each, of numbers of Python, numpy or torch."""
+    try:
+        weights = list(weights)
+        if not any(isinstance(w, (str, bytes)) for w in weights):
+            return [float(w) for w in weights]
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ConfigError(f"Expected a list of numbers as weights, got {weights!r}.")

@@ -118,6 +118,10 @@ class KronAConfig(PeftConfig):
                 setattr(self, name, set(value))
             elif value is not None and not isinstance(value, (str, set)):
                 self._refuse(name, value, "a list of names, a regex string or None")
+            self._check_names(name)
+        if isinstance(self.modules_to_save, str):
+            self._refuse("modules_to_save", self.modules_to_save, f"a list of names: [{self.modules_to_save!r}]")
+        self._check("modules_to_save", self.modules_to_save, _is_list_of_names, "a list of names, or None")
         for name in ("a_out", "a_in", "r"):
             self._check(name, getattr(self, name), _is_positive_int, "an integer >= 1")
         self._check("alpha", self.alpha, _is_finite, "a finite number")
@@ -125,7 +129,7 @@ class KronAConfig(PeftConfig):
             self._check(name, getattr(self, name), lambda v: _is_finite(v) and 0 <= v < 1, "a number in [0, 1)")
         for name, allowed in (("scaling", SCALINGS), ("layout", LAYOUTS), ("init_weights", INITS), ("bias", BIASES)):
             self._check(name, getattr(self, name), lambda v, a=allowed: _is_one_of(v, a), f"one of {allowed}")
-        for name in ("fan_in_fan_out", "strict_factors"):
+        for name in ("fan_in_fan_out", "strict_factors", "inference_mode"):
             self._check(name, getattr(self, name), lambda v: isinstance(v, bool), "True or False")
         self._check_patterns()
         self._check_layers()
@@ -160,13 +164,36 @@ class KronAConfig(PeftConfig):
                 self._refuse(name, pattern, "a dict {module name or regex: value}")
             for key, value in pattern.items():
                 self._check(f"{name}[{key!r}]", value, ok, allowed)
+                self._check(
+                    f"{name}: key", key, lambda key: isinstance(key, str), "a module name or regex, as a string"
+                )
                 try:
-                    re.compile(str(key))
+                    re.compile(key)
                 except re.error as error:
                     raise ConfigError(f"KronAConfig.{name}: the key {key!r} is not a valid regex: {error}.") from error
         self.factor_pattern = {key: (a_out, a_in) for key, (a_out, a_in) in self.factor_pattern.items()}
 
+    def _check_names(self, field: str) -> None:
+        """A string is a regex, unless it is PEFT's word for all Linear layers."""
+        value = getattr(self, field)
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ConfigError(
+                    f"KronAConfig.{field}={value!r} is not allowed: a string is a regex over whole names, and this is "
+                    f"no valid one ({error}). Expected a regex such as '.*to_[qk]', a list of names, or 'all-linear'."
+                ) from error
+        else:
+            self._check(field, value, _is_list_of_names, "a list of names, each a string, or one regex")
+
     def _check_layers(self) -> None:
+        self._check(
+            "layers_to_transform", self.layers_to_transform, _is_indices, "an index >= 0, a list of them, or None"
+        )
+        pattern = self.layers_pattern
+        if not isinstance(pattern, str):
+            self._check("layers_pattern", pattern, _is_list_of_names, "a name, a list of names, or None")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
                 f"KronAConfig.layers_pattern={self.layers_pattern!r} says where layers_to_transform counts, but "
@@ -219,7 +246,21 @@ def _is_positive_int(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int beyond the floats
+        return False
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, (list, tuple, set)) and all(isinstance(name, str) and name for name in value)
+    )
+
+
+def _is_indices(value: Any) -> bool:
+    many = value if isinstance(value, (list, tuple, set, range)) else [] if value is None else [value]
+    return all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in many)
 
 
 def _is_one_of(value: Any, allowed: tuple) -> bool:

@@ -62,6 +62,7 @@ def krona_param_groups(
         )
     _check("lr", lr, lambda value: value >= 0, "a number >= 0")
     _check("ratio", ratio, lambda value: value > 0, "a number > 0")
+    _check("lr * ratio", lr * ratio, lambda value: True, "a finite number")
     if weight_decay is not None:
         _check("weight_decay", weight_decay, lambda value: value >= 0, "a number >= 0, or None for the optimizer's own")
     side = _sides(model)

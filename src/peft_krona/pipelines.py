@@ -36,6 +36,7 @@ from .convert import read_adapter, shapes_of_models
 from .errors import ConfigError, ConfigTypeError, FormatError
 from .hotswap import plan_swap
 from .layers import KronALayer
+from .layers.base import finite_weight
 from .rollback import undone_on_error
 from .sources import DENOISERS, Components, find, is_krona_config, plain_keys, read_own
 from .state_dict import factor_keys, without_nesting
@@ -214,6 +215,8 @@ def load_components(
     where: str = "the state dict",
 ) -> list[str]:
     """`load_krona_weights` with what was read: {component: (config, state dict)}. `where` is for messages."""
+    if weight is not None:
+        weight = finite_weight(weight)
     models = models_of(pipe)
     missing = [name for name in components if name not in models]
     if missing:

@@ -134,6 +134,7 @@ caption_projection adaln_single emb
 """.split()
 _WORD = re.compile(rf"(?:{'|'.join(sorted(set(_WORDS), key=len, reverse=True))}|\d+)(?=_|$)")
 _UNET_BLOCKS = ("down_blocks", "mid_block", "up_blocks", "input_blocks", "middle_block", "output_blocks")
+_UNET_BLOCK = re.compile(rf"(?:{'|'.join(_UNET_BLOCKS)})[._]")
 _TRANSFORMER_BLOCKS = re.compile(
     r"^(?:single_transformer_blocks|transformer_blocks|double_blocks|single_blocks|joint_blocks|joint_transformer_blocks"
     r"|layers|blocks|noise_refiner|context_refiner)[._]\d"
@@ -218,6 +219,10 @@ def _components(stripped: Mapping[str, tuple[set[str], str, bool]], known: Shape
                 f"The layer name '{name}' names two parts of a pipeline, {' and '.join(sorted(components))}."
             )
         component = next(iter(components), "")
+        if component.startswith("text_encoder") and _UNET_BLOCK.match(rest):
+            raise FormatError(f"The layer name '{name}' is of a text encoder by its start, and of a UNet by its end.")
+        if component in ("unet", "transformer") and _TEXT_MODELS.match(rest) and rest.startswith("text_model"):
+            raise FormatError(f"The layer name '{name}' is of a {component} by its start, and of CLIP by its end.")
         if not component:
             component = "text_encoder" if _TEXT_MODELS.match(rest) else _DENOISER
             if component == _DENOISER and _kind(rest) is None:
@@ -261,7 +266,7 @@ def _components(stripped: Mapping[str, tuple[set[str], str, bool]], known: Shape
 
 def _kind(rest: str) -> str | None:
     """ "unet" or "transformer", if a denoiser's layer name (dotted or flat) tells."""
-    if rest.startswith(tuple(f"{block}{end}" for block in _UNET_BLOCKS for end in "._")):
+    if _UNET_BLOCK.match(rest):
         return "unet"
     if rest in TOP_NAMES or rest in {flatten(name) for name in TOP_NAMES}:
         return "unet"

@@ -6,6 +6,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import nn
 from .._compat import is_offloaded
 from ..choices import Init, Layout
 from ..config import KronAConfig, scaling_factor
-from ..errors import MergeError, UnsupportedLayerError
+from ..errors import ConfigError, MergeError, UnsupportedLayerError
 from ..factors import choose_factors
 from .base_weight import BaseWeightSnapshot, Share, dequantized, is_float8, subtract_with_warning
 from .offload import onloaded
@@ -160,9 +162,13 @@ class KronALayer(nn.Module, BaseTunerLayer):
                     nn.init.kaiming_uniform_(term, a=5**0.5)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Weight an adapter: s = scale * the scaling of its config. Unknown names are ignored, as PEFT's LoRA does."""
+        """Weight an adapter: s = scale * the scaling of its config. Unknown names are ignored, as PEFT's LoRA does.
+
+        Raises:
+            ConfigError: if `scale` is no finite number.
+        """
         if adapter in self.scaling:
-            self._set_scaling(adapter, scale * self.base_scaling[adapter])
+            self._set_scaling(adapter, finite_weight(scale) * self.base_scaling[adapter])
 
     def scale_layer(self, scale: float) -> None:
         """Multiply s of the active adapters."""
@@ -398,6 +404,19 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "krona." + super().__repr__()
+
+
+def finite_weight(weight: Any) -> Any:
+    """An adapter's weight, a number of Python or numpy as a float; a tensor is taken as it is.
+
+    Raises:
+        ConfigError: if it is NaN, infinite or no number: everything that is drawn would be NaN.
+    """
+    if isinstance(weight, torch.Tensor):
+        return weight
+    if isinstance(weight, Real) and isfinite(weight):
+        return float(weight)
+    raise ConfigError(f"An adapter's weight should be a finite number, got {weight!r}.")
 
 
 @contextmanager

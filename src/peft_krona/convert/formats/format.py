@@ -93,6 +93,35 @@ def header_alpha(name: str, metadata: Mapping[str, str]) -> float | None:
     Raises:
         FormatError: if it is no finite positive number.
     """
+    component, _, module = name.partition(".")
+    table = header_config(name, metadata)
+    if table is not metadata and table.get("alpha_pattern"):
+        return peft_setting(table, "lora_alpha", "alpha_pattern", module, "The header")
+    for key in _alpha_names(component):
+        value = table.get(key)
+        if value not in _NOTHING:
+            try:
+                alpha = float(value)
+            except (TypeError, ValueError):
+                alpha = float("nan")
+            if not 0 < alpha < float("inf"):
+                raise FormatError(f"The header's {key} is {value!r}; expected a positive number.")
+            return alpha
+    return None
+
+
+_NOTHING = (None, "None", "")
+
+
+def _alpha_names(component: str) -> tuple[str, ...]:
+    return f"{component}.lora_alpha", "lora_alpha", "network_alpha", "ss_network_alpha"
+
+
+def header_config(name: str, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    """The part of a file's header that names a layer's alpha: a JSON table of a LoRA's settings, or the header itself.
+
+    Of several parts' tables in one ({"unet": {...}, "text_encoder": {...}}) it is that of the layer's component.
+    """
     component = name.partition(".")[0]
     tables: list[Mapping[str, Any]] = [metadata]
     for text in metadata.values():
@@ -102,18 +131,13 @@ def header_alpha(name: str, metadata: Mapping[str, str]) -> float | None:
             except (ValueError, RecursionError):
                 continue  # some other text in braces
             if isinstance(table, dict):
-                tables += [table, *(part for part in table.values() if isinstance(part, dict))]
-    for key in (f"{component}.lora_alpha", "lora_alpha", "network_alpha", "ss_network_alpha"):
-        value = next((table[key] for table in tables if key in table and table[key] not in (None, "None", "")), None)
-        if value is not None:
-            try:
-                alpha = float(value)
-            except (TypeError, ValueError):
-                alpha = float("nan")
-            if not 0 < alpha < float("inf"):
-                raise FormatError(f"The header's {key} is {value!r}; expected a positive number.")
-            return alpha
-    return None
+                parts = {key: part for key, part in table.items() if isinstance(part, dict)}
+                tables += [table, *([parts[component]] if component in parts else parts.values())]
+    for key in _alpha_names(component):
+        found = next((table for table in tables if table.get(key) not in _NOTHING), None)
+        if found is not None:
+            return found
+    return metadata
 
 
 def network_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -129,7 +153,24 @@ def network_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
     return arguments if isinstance(arguments, dict) else {}
 
 
-def peft_setting(config: Mapping[str, Any], name: str, pattern_name: str, module: str) -> float:
+def check_rank(config: Mapping[str, Any], module: str, *ranks: int) -> None:
+    """That a layer's factors have the rank that the config of a PEFT folder gives it.
+
+    Raises:
+        FormatError: if not. PEFT does not load such a folder, and its scale would be a guess.
+    """
+    wanted = peft_setting(config, "r", "rank_pattern", module) if config.get("r") is not None else None
+    other = next((rank for rank in ranks if wanted is not None and rank != wanted), None)
+    if other is not None:
+        raise FormatError(
+            f"{module}: its factors have rank {other}, but the config gives this layer r={wanted}. Config and weights "
+            "are not of the same adapter."
+        )
+
+
+def peft_setting(
+    config: Mapping[str, Any], name: str, pattern_name: str, module: str, where: str = "adapter_config.json"
+) -> float:
     """A layer's alpha or rank: the pattern's where a key of it matches, as PEFT matches it, else the config's.
 
     Raises:
@@ -137,11 +178,11 @@ def peft_setting(config: Mapping[str, Any], name: str, pattern_name: str, module
     """
     pattern = config.get(pattern_name) or {}
     if not isinstance(pattern, dict):
-        raise FormatError(f"adapter_config.json: {pattern_name} is {pattern!r}; expected a table of layers.")
+        raise FormatError(f"{where}: {pattern_name} is {pattern!r}; expected a table of layers.")
     try:
         value = pattern.get(get_pattern_key(list(pattern), module), config.get(name))
     except re.error as error:
-        raise FormatError(f"adapter_config.json: {pattern_name} has a key that is no valid regex: {error}.") from error
+        raise FormatError(f"{where}: {pattern_name} has a key that is no valid regex: {error}.") from error
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise FormatError(f"{module}: the config's {name} is {value!r}; expected a positive number.")
     return value

@@ -17,7 +17,7 @@ from ...errors import FormatError
 from ..groups import complete
 from ..low_rank import low_rank
 from ..record import LayerUpdate
-from .format import Factors, Format, Parts, peft_setting, scalar_alpha
+from .format import Factors, Format, Parts, check_rank, peft_setting, scalar_alpha
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
@@ -85,6 +85,7 @@ def _read_peft(config: Mapping[str, Any], groups: Mapping[str, Parts]) -> dict[s
         alpha, r = (
             peft_setting(config, *names, module) for names in (("alpha", "alpha_pattern"), ("r", "rank_pattern"))
         )
+        check_rank(config, module, parts["hada_w1_b"].shape[0], parts["hada_w2_b"].shape[0])
         factors[module] = _read(module, parts, {})._replace(scale=alpha / r)
     return factors
 

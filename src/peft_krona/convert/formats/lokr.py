@@ -17,7 +17,7 @@ from ...errors import FormatError
 from ...factors import largest_divisor
 from ...ops import kron_delta_weight
 from ..record import LayerUpdate
-from .format import Factors, Format, Parts, network_arguments, peft_setting, scalar_alpha
+from .format import Factors, Format, Parts, check_rank, network_arguments, peft_setting, scalar_alpha
 
 _ENDINGS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
@@ -37,7 +37,8 @@ def _read_peft(config: Mapping[str, Any], groups: Mapping[str, Parts]) -> dict[s
     """PEFT applies alpha / r always, also with two full factors (LyCORIS does not)."""
     factors = {}
     for module, parts in groups.items():
-        w1, w2, _ = _sides_and_ranks(module, parts)
+        w1, w2, ranks = _sides_and_ranks(module, parts)
+        check_rank(config, module, *ranks.values())
         alpha, r = (peft_setting(config, *names, module) for names in _PEFT_SETTINGS)
         factors[module] = Factors(w1[None], w2[None], alpha / r)
     return factors

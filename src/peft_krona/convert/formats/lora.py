@@ -22,7 +22,7 @@ from ..groups import complete
 from ..low_rank import low_rank
 from ..names import to_file_name
 from ..record import AdapterFile, LayerUpdate, balance
-from .format import Factors, Format, Parts, peft_setting, scalar_alpha
+from .format import Factors, Format, Parts, check_rank, header_config, peft_setting, scalar_alpha
 
 # (down, up) endings: kohya's, PEFT's, and those of diffusers' older formats (`.lora.down`, `_lora.down`, ...).
 _DIALECTS = (
@@ -43,14 +43,24 @@ def _read(name: str, parts: Parts, metadata: Mapping[str, str]) -> Factors:
     A, B = as_krona_terms(name, down, up)
     rank = down.shape[0]
     alpha = scalar_alpha(name, parts.get("alpha"), rank, metadata)
-    return Factors(A, B, alpha / (rank**0.5 if metadata.get("use_rslora", "").lower() == "true" else rank))
+    table = {} if "alpha" in parts else header_config(name, metadata)
+    if table is not metadata:
+        _check_peft({key: value for key, value in table.items() if key in (*_OTHER_UPDATES, "init_lora_weights")})
+    rslora = str(table.get("use_rslora", metadata.get("use_rslora", ""))).lower() == "true"
+    return Factors(A, B, alpha / (rank**0.5 if rslora else rank))
 
 
 def _pair(name: str, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
     """down (rank, in, *kernel) and up (out, rank, 1...)."""
     if "lora_mid.weight" in parts:
         raise FormatError(f"'{name}.lora_mid.weight': LoRA with this extra part is no plain low-rank update.")
-    endings = next((pair for pair in _DIALECTS if not parts.keys().isdisjoint(pair)), _DIALECTS[0])
+    found = [pair for pair in _DIALECTS if not parts.keys().isdisjoint(pair)]
+    if len(found) > 1:
+        raise FormatError(
+            f"'{name}' has two LoRAs ({', '.join(sorted(parts.keys() - {'alpha'}))}), and "
+            "which of them counts is not defined. Keep one of them."
+        )
+    endings = found[0] if found else _DIALECTS[0]
     down, up = complete(name, parts, endings)
     return down, up
 
@@ -108,6 +118,7 @@ def _read_peft(config: Mapping[str, Any], groups: Mapping[str, Parts]) -> dict[s
     factors = {}
     for module, parts in groups.items():
         A, B = as_krona_terms(module, *_pair(module, parts))
+        check_rank(config, module, A.shape[0])
         alpha = peft_setting(config, "lora_alpha", "alpha_pattern", module)
         factors[module] = Factors(A, B, alpha / (A.shape[0] ** 0.5 if config.get("use_rslora") else A.shape[0]))
     return factors
