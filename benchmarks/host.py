@@ -60,8 +60,12 @@ def _configs(case: cases.HostCase) -> dict[str, Any]:
     configs: dict[str, Any] = {
         "frozen": None,
         LORA: LoraConfig(target_modules=names, r=4, lora_alpha=4, init_lora_weights=False),
-        "PEFT LoKr": LoKrConfig(target_modules=names, r=32, alpha=32, decompose_factor=-1, init_weights=False),
     }
+    if (
+        case.n_in <= 64
+    ):  # of real sizes it builds matrices as large as the weights, and takes the others' memory and cache
+        lokr = LoKrConfig(target_modules=names, r=32, alpha=32, decompose_factor=-1, init_weights=False)
+        configs["PEFT LoKr"] = lokr
     for a_out, a_in in case.factors:
         krona = KronAConfig(target_modules=names, a_out=a_out, a_in=a_in, init_weights=False)
         configs |= on_backends(f"KronA ({a_out},{a_in})", krona)

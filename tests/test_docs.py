@@ -86,7 +86,6 @@ def test_tables_of_calls_and_variants_are_the_files_():
         ]
         for both in zip(fp32, bf16, strict=True)
         if both[0]["provider"] != "frozen"
-        and not (both[0]["provider"] == "PEFT LoKr" and "SDXL" in both[0]["case"]["name"])
     ]
     shown = [row for row in rows if len(row) == 10 and row[1].startswith(("PEFT", "KronA"))]
     assert [[f"{a} {b}" for a, b in zip(row[2::2], row[3::2], strict=True)] for row in shown] == cells
