@@ -25,7 +25,7 @@ METHODS = {
 }
 STEP = 10 ** (2.5 / 6)  # between neighbouring rates: seven of them are 2.5 decades
 # The middle of each method's seven rates, as a step of `rate`, stated before any reported subject was trained: about
-# the best of the experiment "choosing" on its first subject.
+# the best of the experiment "choosing" on its first subject, with attention alone adapted.
 CENTRES = {"krona 64,4": 0, "krona 64,8": 0, "lora r=1": -1, "lora r=4": 0, "lokr": 1, "lokr f=2": 0}
 
 
@@ -52,7 +52,7 @@ TRAINING = (
 class Sizes:
     """How much each training gets, and how many pictures are judged."""
 
-    steps: int = 80
+    steps: int = 50
     batch: int = 8
     sampler_steps: int = 10
     backgrounds: int = 7  # of those that no instance picture has
