@@ -340,6 +340,8 @@ def test_a_failure_with_force_keeps_what_was_there(here, capsys):
     [
         "merge pipe adapter pipe", "convert adapter adapter --to peft", "merge pipe adapter adapter",
         "extract pipe/unet pipe/unet pipe", "convert x.safetensors x.safetensors --base sd15",
+        "convert adapter adapter/unet/adapter_model.safetensors --base sd15", "convert adapter adapter/unet --to peft",
+        "merge pipe adapter pipe/unet", "extract pipe pipe/unet pipe/unet",
     ],
 )  # fmt: skip
 def test_what_is_read_is_never_replaced(arguments, here, capsys):
@@ -349,6 +351,25 @@ def test_what_is_read_is_never_replaced(arguments, here, capsys):
     assert main([*arguments.split(), "--force"]) == 1
     assert "is read from there, so it is not written" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "", "x"], ["convert", "adapter", ""], ["convert", "adapter", "x", "--base", ""], ["inspect", ""],
+        ["inspect", "adapter", "--plot", ""], ["merge", "", "adapter", "x"], ["merge", "pipe", "adapter", ""],
+        ["extract", "pipe", "", "x"], ["plan", "", "--budget", "1M"],
+    ],
+)  # fmt: skip
+def test_an_empty_name_is_not_the_current_folder(arguments, here, capsys):
+    before = sorted(here.iterdir())
+    assert main(arguments) == 1
+    assert "is empty. Was it given by a variable that is not set?" in capsys.readouterr().err
+    assert sorted(here.iterdir()) == before
+
+
+def test_keys_in_messages_are_as_in_the_file():
+    assert _command_line.in_flags("'base_model.model.x' is no base_model.") == "'base_model.model.x' is no --base."
 
 
 # -- the base model ----------------------------------------------------------------------------------------------------

@@ -89,6 +89,16 @@ def read(folder, prompt="default", **more):
             "for all (1.png, 2.png); 1 other files left aside (metadata.csv)",
         ),
         ({"notes.md": "", ".DS_Store": "", "old/9.png": ""}, {}, "1 folders left aside (old); 2 other files"),
+        ({"metadata.csv": 'file_name,text\n0.png,"c\nd, e"\n'}, {"0.png": "c\nd, e"}, "2 images without a caption"),
+        ({"metadata.csv": 'file_name, text\n0.png, "c, d"\n'}, {"0.png": "c, d"}, "2 images without a caption"),
+        ({"metadata.csv": "file_name,text\n0.png\n"}, {}, "3 images without a caption"),
+        ({"metadata.csv": ""}, {}, "3 images without a caption, which get the prompt for all (0.png, 1.png, 2.png)"),
+        ({"metadata.csv": "file_name,text\n"}, {}, "3 images without a caption"),
+        ({"metadata.jsonl": '{"file_name": "0.png", "text": null}'}, {}, "3 images without a caption"),
+        ({"metadata.jsonl": '{"file_name": "0.png", "text": " \\n"}', "0.txt": "c"}, {"0.png": "c"}, "2 images without"),
+        ({"metadata.jsonl": '{"file_name": "0.png", "text": " c "}'}, {"0.png": "c"}, "2 images without"),
+        ({"metadata.jsonl": '{"file_name": "0.png", "text": "c\u2028d\x85e"}'}, {"0.png": "c\u2028d\x85e"}, "2 images wi"),
+        ({"0.txt/x.txt": "c"}, {}, "1 folders left aside (0.txt)"),
     ],
 )  # fmt: skip
 def test_captions_of_every_spelling(tmp_path, files, captions, said):
@@ -109,6 +119,10 @@ def test_captions_of_every_spelling(tmp_path, files, captions, said):
         ({"metadata.csv": b"file,text\n0.png,c"}, r"metadata\.csv, line 2: expected file_name and 'text' \(found 'fi"),
         ({"metadata.jsonl": b'{"file_name": "0.png", "words": "c"}'}, r"\(found 'file_name', 'words'\); choose an"),
         ({"metadata.jsonl": b'{"file_name": "0.png"'}, r"metadata\.jsonl, line 1: expected a JSON object"),
+        ({"metadata.csv": b"file_name,text\n0.png,a dog, red, big\n"}, r"line 2: expected 2 fields as in .* found 4\. Put a"),
+        ({"metadata.csv": b'file_name,text\n0.png,"a dog\n1.png,b\n'}, r"not a table of comma-.*Are its quotes closed"),
+        ({"metadata.csv": b"file_name,text\n0.png," + b"x" * 200_000}, r"not a table of comma-.*field larger"),
+        ({"metadata.jsonl": b"[" * 100_000}, r"metadata\.jsonl, line 1: expected a JSON object"),
         ({"metadata.jsonl": b"[1]"}, r"metadata\.jsonl, line 1: expected a JSON object with file_name, found \[1\]"),
     ],
 )  # fmt: skip
@@ -198,6 +212,8 @@ def test_images_of_every_kind(tmp_path, name, write, expected, said):
         ("a.DNG", b"II*\0", r"a\.DNG cannot be read as an image \(a camera's raw file; convert"),
         ("a.jpg", None, r"a\.jpg cannot be read as an image"),  # cut off
         ("a.tif", np.array([[-1.0, 2.0]], np.float32), r"its values go from -1 to 2; expected 0 to 1, 255 or 65535"),
+        ("a.tif", np.array([[0, 1.02]], np.float32), r"its values go from 0 to 1\.02; expected 0 to 1"),  # beyond white
+        ("a.tif", np.array([[0, 9.5]], np.float32), r"its values go from 0 to 9\.5; expected 0 to 1"),
         ("a.tif", np.array([[0, np.nan]], np.float32), r"its values go from nan to nan"),
         ("a.tif", np.array([[0, 70000]], np.int32), r"its values go from 0 to 70000; expected"),
     ],

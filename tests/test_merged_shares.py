@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from adapted import LAYERS, assert_rounded_once, config, delta_in_base_shape, krona_layers, make_layer, mlp
+from convert_fixtures import relative
 from peft import LoraConfig, get_peft_model
 from tiny import sd_pipeline, unet
 from torch import nn
@@ -73,6 +74,29 @@ EVENTS = {
     "copied": copy.deepcopy,
     "pickled": pickled,
 }
+
+
+# What keeps the sum of a weight's bits, and changes the weight
+MOVES = {
+    "rows swapped": lambda w: w.flip(0),
+    "columns swapped": lambda w: w.flip(1),
+    "rows rolled": lambda w: w.roll(1, 0),
+    "two rows swapped": lambda w: w[[1, 0, *range(2, len(w))]],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("move", MOVES)
+def test_a_base_that_was_reordered_while_merged_stays_so(move, dtype):
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 8)).to(dtype), config("0", init_weights=False))
+    weight = only_layer(model).get_base_layer().weight
+    model.merge_adapter()
+    moved = MOVES[move](weight.detach()).clone()
+    weight.data.copy_(moved)
+    delta = only_layer(model).get_delta_weight("default").double()
+    with pytest.warns(RuntimeWarning, match="was changed by something else while a KronA adapter was merged"):
+        model.unmerge_adapter()
+    assert relative(weight.detach(), moved.double() - delta) <= 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("event", EVENTS)

@@ -473,6 +473,16 @@ def test_weights_of_adapters_are_finite_numbers(weight):
     assert [layer.scaling for layer in layers] == before
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_a_scale_that_cannot_be_taken_back(scale):
+    """A pipeline multiplies s by it before a call, and divides afterwards: s would stay NaN."""
+    (layer, *_) = krona_layers(adapted_mlp()).values()
+    before = dict(layer.scaling)
+    with pytest.raises(ConfigError, match="An adapter's weight should be a finite number, got"):
+        layer.scale_layer(scale)
+    assert layer.scaling == before
+
+
 def test_weighted_sum_touches_only_layers_that_have_a_part():
     """A layer whose name ends in an adapted layer's name must not be adapted along."""
     base = nn.ModuleDict({"lin": nn.Linear(8, 8), "sub": nn.ModuleDict({"lin": nn.Linear(8, 8)})})

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -28,7 +29,11 @@ class Captions:
         self.of: dict[Path, str] = {}
         self.used: set[Path] = set()
         self.remarks: dict[str, list[str]] = {}
-        beside = {p.with_suffix(p.suffix.lower()): p for p in folder.iterdir() if p.suffix.lower() in SIDECARS}
+        beside = {
+            p.with_suffix(p.suffix.lower()): p
+            for p in folder.iterdir()
+            if p.suffix.lower() in SIDECARS and not p.is_dir()
+        }
         table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
         if column and table is None:
             raise TrainingError(
@@ -82,7 +87,7 @@ class Captions:
             name = str(PurePosixPath(name.replace("\\", "/")))  # without "./"
             if name in captions:
                 self.remark(f"rows of {path.name} for an image that has another, of which the last is used", name)
-            captions[name] = caption
+            captions[name] = caption and caption.strip()
         return captions
 
 
@@ -99,26 +104,42 @@ def table_rows(path: Path) -> Iterator[tuple[int, dict]]:
     Raises:
         TrainingError: names a line that is no row.
     """
-    lines = read_text(path).splitlines()
+    text = read_text(path)
     if path.suffix == ".csv":
-        reader = csv.DictReader(lines)
-        for row in reader:
-            yield reader.line_num, {k: v for k, v in row.items() if k is not None}
+        yield from csv_rows(path, text)
         return
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a text may hold what else `splitlines` takes for an end
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise TrainingError(f"{path}, line {number}: expected a JSON object with file_name ({error}).") from error
         if not isinstance(row, dict):
             raise TrainingError(f"{path}, line {number}: expected a JSON object with file_name, found {line[:60]}.")
         yield number, row
 
 
+def csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+    try:
+        for row in reader:
+            if None in row:  # fields beyond the header's: the text would be cut at its first comma
+                raise TrainingError(
+                    f"{path}, line {reader.line_num}: expected {len(row) - 1} fields as in its first line, found "
+                    f"{len(row) - 1 + len(row[None])}. Put a text that has commas into quotes."
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise TrainingError(
+            f"{path}, line {reader.line_num}: not a table of comma-separated values ({error}). Are its quotes closed?"
+        ) from error
+
+
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
+        return path.read_bytes().decode("utf-8-sig")  # with or without the mark that some editors put first
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise TrainingError(f"{path} is not UTF-8 text ({error}): save it as UTF-8.") from error

@@ -83,7 +83,7 @@ def read_folder(
     if written:
         remarks |= written.remarks
         without = [path.name for path in files if path not in written.of]
-        if written.of and without and default_caption:
+        if written.used and without and default_caption:
             remarks["images without a caption, which get the prompt for all"] = without
     if folder.is_dir():
         used = {*files, *(written.used if written else ())}

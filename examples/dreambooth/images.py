@@ -27,6 +27,7 @@ RAW = frozenset((".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 # what PIL raises for files that are no images, are cut off, or are larger than its limit
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+BRIGHT = 32  # of floats up to 255: a picture whose brightest point is below that is hardly one
 PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # modes whose colours RGB holds as they are
 
 
@@ -61,7 +62,7 @@ def alterations(image: Image.Image) -> list[str]:
     found = []
     if getattr(image, "n_frames", 1) > 1:
         found.append("with several frames, of which the first is used")
-    if image.getexif().get(0x0112, 1) not in (0, 1):
+    if image.getexif().get(0x0112, 1) in range(2, 9):
         found.append("turned upright as their EXIF data say")
     if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
         found.append("with transparent parts, which become white")
@@ -97,7 +98,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
     """Grey with 16 or 32 bits, whole numbers or floats, with 8: which range it has follows from the largest value."""
     values = np.asarray(image).astype(np.float64)
     low, high = values.min(), values.max()
-    if not (np.isfinite(values).all() and 0 <= low and high <= 65535):
+    between = image.mode == "F" and 1 < high < BRIGHT  # light beyond white, or a picture that is nearly black
+    if not (np.isfinite(values).all() and 0 <= low and high <= 65535) or between:
         raise ValueError(f"its values go from {low:g} to {high:g}; expected 0 to 1, 255 or 65535: save it with 8 bits")
     if image.mode.startswith("I;16") or high > 255:
         values = values // 257 if image.mode.startswith("I") else np.rint(values / 257)

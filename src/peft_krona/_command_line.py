@@ -219,7 +219,7 @@ _FLAGS = (
     (r"\bscale \(AdapterFile\.scaled\)", "--scale"),
     (r"\bbase_model=(\S+?):", r"--base \1:"),
     (r"\bbase_model: ", "--base "),
-    (r"\bbase_model\b(?!_name)", "--base"),
+    (r"\bbase_model\b(?!_name|\.\w)", "--base"),  # nor in a tensor's key
     (r"\bcomponent='(\w+)'", r"--component \1"),
     (r"\bbudget='([^']*)'", r"--budget \1"),
     (r"(?<!KronAConfig\.)\btarget_modules\b", "--target-modules"),

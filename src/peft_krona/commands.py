@@ -198,7 +198,7 @@ def _base(given: str | None, source: Path, needed: bool) -> _Base:
             return _Base(BASES[given], kind=given)
         if Path(given).is_dir():
             return _of_folder(given, given)
-        if is_hub_id(given):
+        if is_hub_id(given) and not Path(given).exists():
             return _of_configs(given, given)
         raise FormatError(f"--base {given}: expected one of {', '.join(BASES)}, or the folder of a pipeline or model.")
     named = _named_base(source)
@@ -310,8 +310,9 @@ def _check_new_file(file: Path, force: bool, *read: str | os.PathLike) -> None:
 
 
 def _check_place(out: Path, read: tuple[str | os.PathLike, ...]) -> None:
-    for source in read:
-        if Path(source).exists() and Path(source).resolve().is_relative_to(out.resolve()):
+    for source in map(Path, read):
+        around = source.exists() and source.resolve().is_relative_to(out.resolve())
+        if around or (source.is_dir() and out.exists() and out.resolve().is_relative_to(source.resolve())):
             raise FormatError(f"{out}: {source} is read from there, so it is not written. Name another output.")
     place = next(parent for parent in out.absolute().parents if parent.exists())
     if not place.is_dir():

@@ -167,8 +167,9 @@ def base_of_folder(folder: str | os.PathLike) -> UNetNames | None:
         config = json.loads(path.read_text(encoding="utf-8"))
         up_attention = tuple("Attn" in name for name in config["up_block_types"])
         layers_per_block, cross = config["layers_per_block"], config["cross_attention_dim"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise FormatError(f"{path}: not the config of a Stable Diffusion UNet ({error!r}).") from error
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else "expected a JSON object, found something else"
+        raise FormatError(f"{path}: not the config of a Stable Diffusion UNet ({what}).") from error
     if not isinstance(layers_per_block, int) or not isinstance(cross, int):
         raise FormatError(
             f"{path}: layers_per_block={layers_per_block} and cross_attention_dim={cross} differ between levels; names "

@@ -171,7 +171,13 @@ class KronALayer(nn.Module, BaseTunerLayer):
             self._set_scaling(adapter, finite_weight(scale) * self.base_scaling[adapter])
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply s of the active adapters."""
+        """Multiply s of the active adapters.
+
+        Raises:
+            ConfigError: if `scale` is NaN or infinite: dividing by it would not give s back.
+        """
+        if isinstance(scale, float) and scale - scale != 0:  # torch.compile follows no `isfinite`
+            finite_weight(scale)
         for name in self.active_adapters:
             if name in self.scaling and scale != 1:
                 self._set_scaling(name, self.scaling[name] * scale)

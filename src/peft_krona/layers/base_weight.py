@@ -144,8 +144,10 @@ def _owner_of(layer: Any, base_layer: nn.Module) -> Any:
 
 
 def _bits(weight: torch.Tensor) -> int:
-    """A checksum of the weight's bits."""
-    return int(weight.contiguous().view(_INT_OF_SIZE[weight.element_size()]).sum(dtype=torch.int64))
+    """A checksum of the weight's bits, which also tells rows or columns that have changed places."""
+    bits = weight.contiguous().view(_INT_OF_SIZE[weight.element_size()]).flatten(1)
+    sums = (bits.sum(dim, dtype=torch.int64) for dim in (1, 0))
+    return sum(int((s * (2 * torch.arange(len(s), device=s.device) + 1)).sum()) for s in sums)
 
 
 def subtract_with_warning(weight: torch.Tensor, delta: torch.Tensor, where: str) -> torch.Tensor:
