@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -366,6 +367,35 @@ def test_an_empty_name_is_not_the_current_folder(arguments, here, capsys):
     assert main(arguments) == 1
     assert "is empty. Was it given by a variable that is not set?" in capsys.readouterr().err
     assert sorted(here.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("extract pipe/unet pipe/unet x --component nope", "--component nope: expected a part of a pipeline that adapters"),
+        ("extract pipe/unet pipe/unet x --component ../x", "--component ../x: expected a part of a pipeline"),
+        ("inspect adapter --base nowhere", "nowhere: there is no such folder; expected that of the base pipeline"),
+        ("convert adapter x --base pipe/model_index.json", "--base pipe/model_index.json: expected one of sd15"),
+        ("convert adapter x --base sd15 --scale 1e30", "would be NaN or infinite in torch.float16: the update is too"),
+        ("convert adapter x --base sd15 --scale 1e-30", "is off by 1.0e+00 (relative), more than rounding"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant(arguments, message, here, capsys):
+    before = sorted(here.iterdir())
+    assert main(arguments.split()) == 1
+    assert message in capsys.readouterr().err
+    assert sorted(here.iterdir()) == before
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json"])
+@pytest.mark.parametrize("text", ["[]", "{", "3", "\xff"])
+def test_a_pipeline_whose_json_is_no_table(file, text, made, here, capsys):
+    shutil.copytree(made / "pipe", here / "broken")
+    (here / "broken" / file).write_text(text, encoding="latin-1")
+    assert main(["merge", "broken", "adapter", "x"]) == 1
+    error = capsys.readouterr().err
+    assert f"broken/{file}: " in error and "fault of peft-krona" not in error and error.count("\n") == 1
+    assert not (here / "x").exists()
 
 
 def test_keys_in_messages_are_as_in_the_file():

@@ -2,6 +2,8 @@
 """Files out: exact for every shape, layout, number of terms and dtype; refusals; the automatic choice; verification."""
 
 import json
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -228,6 +230,23 @@ def test_numbers_too_small_for_the_dtype_fail_and_leave_nothing(tmp_path):
     assert exact.worst_error <= EPS
     balanced = export(AdapterFile((tiny,)), tmp_path / "y", "lokr", base_model=BASES["sd15"])
     assert balanced.worst_error <= 2 * HALF
+
+
+@pytest.mark.parametrize("to", ["lokr", "lora", "loha", "diff"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1e-60, 1e-200, 1e30, 1e60, 1e200], ids=str)
+def test_scales_far_from_one_are_exact_or_refused(scale, dtype, to, tmp_path):
+    """Numbers that vanish in the file are no exact copy of the update, however small it is."""
+    layer = LayerUpdate("unet", MODULE, torch.randn(1, 4, 2), torch.randn(1, 8, 16), scale)
+    try:
+        export(AdapterFile((layer,)), tmp_path / "x", to, base_model=BASES["sd15"], dtype=dtype)
+    except FormatError as error:
+        assert re.search(r"is too large for it|Its numbers are probably too small", str(error)), error
+        assert list(tmp_path.iterdir()) == []
+    else:
+        tensors = load_file(tmp_path / "x.safetensors")
+        assert all(t.isfinite().all() and t.any() for t in tensors.values())
+        assert dtype == torch.float32 and abs(math.log10(scale)) <= 60
 
 
 def test_a_writer_that_is_wrong_is_caught_and_leaves_nothing(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from .convert.checkpoints import read_component
 from .convert.merge_pipeline import merge_pipeline
 from .errors import FormatError
 from .inspection import check_picture_name, inspect_adapter, plot, shares, table
-from .sources import find, find_configs, is_hub_id
+from .sources import DENOISERS, find, find_configs, is_hub_id
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 ADAPTER_CONFIG, PIPELINE_INDEX = "adapter_config.json", "model_index.json"
@@ -121,6 +122,11 @@ def merge(options: argparse.Namespace) -> None:
 
 def extract(options: argparse.Namespace) -> None:
     """The nearest adapter to the difference of two models."""
+    if options.component not in DENOISERS and not re.fullmatch(r"text_encoder(_[23])?", options.component):
+        raise FormatError(
+            f"--component {options.component}: expected a part of a pipeline that adapters are loaded into: "
+            f"{', '.join(DENOISERS)}, text_encoder, text_encoder_2 or text_encoder_3."
+        )
     with _folder(options.output, options, _is_adapter, options.before, options.after) as out:
         adapter, errors = from_difference(
             *_comparable(

@@ -106,6 +106,10 @@ def _reduced(terms: torch.Tensor) -> torch.Tensor:
 
 def _base_norms(folder: Path, adapter: AdapterFile) -> dict[str, float]:
     """||W||_F of the adapted layers."""
+    if not folder.is_dir():
+        raise FormatError(
+            f"{folder}: there is no such folder; expected that of the base pipeline, or of the one model."
+        )
     wanted = {layer.name for layer in adapter}
     norms = {}
     variant = variant_of(folder) if folder.is_dir() else None

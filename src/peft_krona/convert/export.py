@@ -29,6 +29,7 @@ WRITTEN = {name: format for name, format in FORMATS.items() if format.write is n
 TO = ("auto", *WRITTEN, "peft")
 # A dot in a name is no ending ("my-dog-1.5"); these would be mistaken for what they are not.
 _OTHER_ENDINGS = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".gguf", ".onnx", ".json", ".zip")
+TINY = 1e-15  # a norm in float32 below which squares of single entries may be 0
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,12 @@ def _export_file(
         names = _names(adapter, base_model)
         tensors = to_file(adapter, to, base_model, dtype)
         metadata = kohya_metadata(adapter, tensors, WRITTEN[to], base_model, out.stem)
+    beyond = next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+    if beyond is not None:
+        raise FormatError(
+            f"'{beyond}' would be NaN or infinite in {dtype}: the update is too large for it. Nothing was written. Use "
+            "dtype=torch.float32, or a smaller scale (AdapterFile.scaled)."
+        )
     if len(names) != len(adapter):
         raise FormatError("Two layers have the same name in this format; the adapter cannot be written as such a file.")
     worst: dict[str, float] = {}
@@ -363,6 +370,11 @@ def _errors(names: Mapping[str, LayerUpdate], written: Iterable[tuple[str, torch
     for name, dW in written:
         wanted = names[name].delta_weight(dW.dtype)
         norm = wanted.norm().item()
+        if norm < TINY:  # squares of such numbers vanish in float32, and with them the error
+            wanted = names[name].delta_weight()
+            unit = wanted.abs().amax().item() or 1.0
+            wanted, dW = wanted / unit, dW.double() / unit
+            norm = wanted.norm().item()
         distance = (dW.reshape(wanted.shape) - wanted).norm().item()
         errors[names[name].name] = distance / norm if norm else distance
     return errors

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,6 +65,7 @@ def merge_pipeline(
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise FormatError(f"{folder}: expected the folder of a diffusers pipeline, with model_index.json.")
+    _json_table(folder / "model_index.json")
     for name in adapter.components:
         method = _quantization_of(folder / name)
         if method is not None:
@@ -82,8 +84,18 @@ def merge_pipeline(
 def _quantization_of(component: Path) -> str | None:
     """How the model in a folder is quantized, None if it is not."""
     config = component / "config.json"
-    found = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") if config.is_file() else None
-    return None if found is None else str(found.get("quant_method", "quantized"))
+    found = _json_table(config).get("quantization_config") if config.is_file() else None
+    return None if found is None else str(found.get("quant_method", "quantized") if isinstance(found, dict) else found)
+
+
+def _json_table(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not valid JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{path}: expected a JSON object, got {type(found).__name__}.")
+    return found
 
 
 def _quantized(name: str, how: str) -> str:
