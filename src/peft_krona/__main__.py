@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == [run.NAME]:  # the script's errors and arguments are its own
         return run.main(arguments[1:])
     options = parser().parse_args(arguments)
-    empty = next((name for name, value in vars(options).items() if value == "" and name != "trigger"), None)
+    may_be_empty = ("trigger", "output")  # whoever writes refuses an empty output
+    empty = next((name for name, value in vars(options).items() if value == "" and name not in may_be_empty), None)
     if empty is not None:  # a shell's variable that is not set; as a path it would be the current folder
         return _fail(f"error: {empty} is empty. Was it given by a variable that is not set?")
     for stream in (sys.stdout, sys.stderr):

@@ -108,7 +108,8 @@ def _base_norms(folder: Path, adapter: AdapterFile) -> dict[str, float]:
     """||W||_F of the adapted layers."""
     if not folder.is_dir():
         raise FormatError(
-            f"{folder}: there is no such folder; expected that of the base pipeline, or of the one model."
+            f"{folder}: there is no such folder, and no weight for {adapter.layers[0].name}; expected that of "
+            "the base pipeline, or of the one model."
         )
     wanted = {layer.name for layer in adapter}
     norms = {}
