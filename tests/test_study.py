@@ -154,6 +154,8 @@ def test_dropped_rates_get_no_more_runs_and_undecided_ones_wait(tmp_path):
     def todo(*experiments):
         return names_of(schedule.candidates(experiments, 1, results, "base", lambda: plan.STATED))
 
+    one = names_of(schedule.candidates(["stability"], 1, results, "base", lambda: plan.STATED, [KRONA]))
+    assert {x[1] for x in one if x} == {KRONA} and len([x for x in one if x]) == 7
     everything = todo("stability", "factors")
     first = 7 * len(plan.METHODS)
     assert {x[3] for x in everything[:first]} == {rules.FIRST[0]}

@@ -182,6 +182,19 @@ def test_the_page_of_evidence_has_the_numbers_of_its_file():
         assert row["verdict"] == claim.verdict(claims.at(found, claim.number))
 
 
+def test_a_method_that_has_not_run_takes_nothing_from_the_others():
+    """Runs of some methods alone, and one more of a method whose other rates are missing."""
+    some = study({KRONA: WIDE, "lora r=4": NARROW})
+    whole = study(dict.fromkeys(plan.METHODS, NARROW) | {KRONA: WIDE})
+    for path in ("stability/wider/rates/lora r=4", "stability/paired/lora r=4/both_right", "stability/rates/lora r=4"):
+        assert claims.at(some, path) == claims.at(whole, path) is not None
+    assert set(some["stability"]["best"]) == {KRONA, "lora r=4"}
+    assert claims.at(some, "stability/paired/lokr/both_right") is None
+    assert len(some["stability"]["rows"]) == 7 * len(plan.METHODS)
+    text = tables.sections(some)
+    assert "lokr" not in text["best"] and "lora r=4" in text["best"]
+
+
 def test_which_subjects_the_demo_s_settings_reach():
     """80 % right subjects and 90 % right backgrounds on the mean over seeds, counted by hand."""
     shares = {"robot": [(0.7, 1.0), (0.9, 0.9)], "owl": [(0.79, 1.0), (0.79, 1.0)], "duck": [(1.0, 0.9), (1.0, 0.88)]}

@@ -25,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, default=Path("output/study"), help="records, trainings and reports")
     parser.add_argument("--experiments", nargs="+", choices=plan.EXPERIMENTS, default=list(plan.USUAL))
+    parser.add_argument(
+        "--methods", nargs="+", choices=tuple(plan.METHODS), default=list(plan.METHODS), help="of stability"
+    )
     parser.add_argument("--seeds", type=int, default=len(plan.SEEDS), help="of each run, at most")
     parser.add_argument("--quick", action="store_true", help="a few tiny runs of each experiment instead")
     parser.add_argument("--minutes", type=float, help="start no run after so long")
@@ -47,8 +50,9 @@ def main(argv: list[str] | None = None) -> int:
             if args.quick:
                 return iter([(n, run) for n, run in plan.ordered(plan.quick()) if run.key(base) not in results])
             return schedule.candidates(
-                args.experiments, args.seeds, results, base, lambda: schedule.frozen_rates(results, base, True)["rates"]
-            )
+                args.experiments, args.seeds, results, base,
+                lambda: schedule.frozen_rates(results, base, True)["rates"], args.methods,
+            )  # fmt: skip
 
         if not args.report:
             schedule.work(todo, results, base, execute, args.minutes)

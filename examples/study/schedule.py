@@ -40,12 +40,17 @@ def frozen_rates(results: Results, base: str, freeze: bool) -> dict[str, Any]:
 
 
 def candidates(
-    experiments: Sequence[str], seeds: int, results: Results, base: str, rates: Callable[[], Mapping[str, float]]
+    experiments: Sequence[str],
+    seeds: int,
+    results: Results,
+    base: str,
+    rates: Callable[[], Mapping[str, float]],
+    methods: Sequence[str] = tuple(plan.METHODS),
 ) -> Iterator[Candidate | None]:
     """Runs that are not done, in order; None for each that has to wait until others are.
 
     Args:
-        rates: asked once the first run that needs it comes.
+        rates: asked once the first run that needs it comes. methods: those of "stability" that are wanted.
     """
     records = results.records
 
@@ -61,6 +66,8 @@ def candidates(
             if run.seed != seed or run.key(base) in records:
                 continue
             if name == "stability":
+                if run.method not in methods:
+                    continue
                 known = hopeless(run.method)
                 if run.learning_rate in known.rates:
                     continue

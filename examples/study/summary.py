@@ -141,6 +141,8 @@ def default(own: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def stability(by_cell: Mapping[Cell, list[dict[str, Any]]], dropped: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Curves, widths and comparisons at each method's best rate; `dropped`: rates that got no more runs."""
     kept = {cell: own for cell, own in by_cell.items() if cell[1] not in dropped.get(cell[0], ())}
+    methods = list(dict.fromkeys(m for m, _ in by_cell if all(own for (n, _), own in kept.items() if n == m)))
+    kept = {cell: own for cell, own in kept.items() if cell[0] in methods}  # of the others some rates are missing
     pairs = balanced(kept)
     subjects = {s for s, _ in pairs}
     found: dict[str, Any] = {
@@ -149,7 +151,6 @@ def stability(by_cell: Mapping[Cell, list[dict[str, Any]]], dropped: Mapping[str
     }  # fmt: skip
     if len(subjects) < 2:
         return found
-    methods = list(dict.fromkeys(method for method, _ in by_cell))
     curves = {m: curve(m, by_cell, pairs, dropped.get(m, ())) for m in methods}
     found["widths"], found["wider"], found["rates"] = {}, {}, {}
     for axis in ("rates", "norms"):
