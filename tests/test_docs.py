@@ -95,6 +95,13 @@ def test_tables_of_calls_and_variants_are_the_files_():
         assert row[1] == f"({measured['factors'][0]},{measured['factors'][1]})"
         times = [1e3 * measured["seconds"][name] for name in names]
         assert row[2:] == [f"{t:.2f}" if t < 2 else f"{t:.1f}" for t in times]
+    steps = json.loads((results / "unet-sdxl-cpu-bf16.json").read_text())["rows"]
+    shown = [(row[0], row[4].split()[0], float(row[5]), row[6]) for row in rows if len(row) == 7 and "MiB" in row[6]]
+    assert shown == [
+        (row["provider"], f"{row['training']['p50']:.3g}", round(row["training"]["over_frozen"], 2),
+         f"{row['peak_bytes'] / 2**20:.0f} MiB")
+        for row in steps
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
