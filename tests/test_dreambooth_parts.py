@@ -224,6 +224,9 @@ def test_mistakes_in_a_file_of_flags(tmp_path, text, message):
             "num_validation_images",
         )),
         ("learning_rate", "nan", "nan: expected at least 0"),
+        ("adam_beta1", "-1", "-1.0: expected at least 0 and below 1"),
+        ("adam_beta2", "1", "1.0: expected at least 0 and below 1"),
+        ("prodigy_beta3", "1.5", "1.5: expected at least 0 and below 1"),
         ("snr_gamma", "0", "0.0: expected a number above 0"),
         ("snr_gamma", "-5", "-5.0: expected a number above 0"),
         ("alpha", "0", "0.0: expected a number above 0"),
@@ -234,6 +237,19 @@ def test_mistakes_in_a_file_of_flags(tmp_path, text, message):
 def test_numbers_out_of_range(flag, value, expected):
     with pytest.raises(TrainingError, match=rf"^--{flag} {expected}\.$"):
         parse_args([*BASIC, f"--{flag}", value])
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "output_dir", "logging_dir", "cache_dir", "class_data_dir", "resume_from_checkpoint", "config", "init_adapter",
+        "pretrained_vae_model_name_or_path", "cache_to_disk", "optimizer", "revision", "variant", "caption_column",
+    ],
+)  # fmt: skip
+def test_an_empty_name_is_not_what_is_there_without_the_flag(flag):
+    """As of a shell's variable that is not set: an empty output would be the current folder."""
+    with pytest.raises(TrainingError, match=rf"^--{flag} is empty: was it given by a variable that is not set"):
+        parse_args([*BASIC, f"--{flag}", ""])
 
 
 @pytest.mark.parametrize(("given", "kept"), [("adamw", "AdamW"), ("Prodigy", "prodigy"), ("SGD", "SGD")])

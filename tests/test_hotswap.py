@@ -9,11 +9,12 @@ import torch
 from adapted import assert_same_state, config, krona_layers, make_layer, mlp, reference, state_of
 from peft import LoraConfig, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from torch import nn
 
 import peft_krona
 from peft_krona import KronAConfig
 from peft_krona.errors import ConfigError, FormatError, MergeError
-from peft_krona.hotswap import swap
+from peft_krona.hotswap import prepare, swap
 from peft_krona.ops.reference import delta_weight_loop
 from peft_krona.pipelines import add_krona, load_krona_weights, save_krona_weights
 
@@ -261,3 +262,11 @@ def test_room_for_a_lora_rank_is_not_taken_silently(tmp_path, caplog):
     pipe.unet.enable_lora_hotswap()  # 128, a LoRA rank
     load_krona_weights(pipe, tmp_path / "old", "a")
     assert "padded to 128 Kronecker terms" in caplog.text
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.5, True, "4", None], ids=repr)
+def test_a_number_of_terms_to_pad_to(rank):
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), KronAConfig(target_modules=["0"], a_out=4, a_in=2))
+    with pytest.raises(ConfigError, match=r"target_rank=.* is not allowed; expected an integer >= 1"):
+        prepare(model, rank)
+    assert model.base_model.model[0].r == {"default": 1}

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_krona import KronAConfig, pipelines, sources
-from peft_krona.errors import ConfigError, FormatError, KronAError
+from peft_krona.errors import ConfigError, ConfigTypeError, FormatError, KronAError
 from peft_krona.pipelines import add_krona, load_krona_weights, save_krona_weights
 
 KINDS = list(tiny.PIPELINES)
@@ -486,6 +486,29 @@ def test_a_failed_load_keeps_a_lora_beside_it(saved, tmp_path):
 
 
 # -- where from --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["", None, 3, b"x", {"a": 1}], ids=repr)
+def test_what_is_no_path(saved, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe = tiny.sd_pipeline()
+    add_krona(pipe)
+    for call, argument in ((save_krona_weights, "save_directory"), (load_krona_weights, "source")):
+        with pytest.raises((ConfigError, ConfigTypeError), match=rf"^{argument} (is empty|should be a path, got)"):
+            call(pipe, path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file", "file/x", "file/x/y", "dangling", "dangling/x"])
+def test_saving_where_no_folder_can_be(place, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    pipe = tiny.sd_pipeline()
+    add_krona(pipe)
+    with pytest.raises(FormatError, match=r"(file|dangling) is no folder\. Choose another save_directory"):
+        save_krona_weights(pipe, tmp_path / place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_paths_that_do_not_exist(saved, tmp_path):

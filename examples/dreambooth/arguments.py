@@ -45,6 +45,11 @@ LOCAL = (
     "bnb_quantization_config_path", "cache_to_disk",
 )  # fmt: skip
 PATHS_OR_IDS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name", "init_adapter")
+NOT_EMPTY = (  # an empty path would be the current folder, another empty name what is there without the flag
+    *(name for name in LOCAL if name not in ("validation_prompt", "demo", "overwrite_output_dir", "local_rank")),
+    *PATHS_OR_IDS, "optimizer", "revision", "variant", "dataset_config_name", "dataset_split", "image_column",
+    "caption_column", "aspect_ratio_buckets", "hub_model_id",
+)  # fmt: skip
 AT_LEAST_0 = (
     "max_grad_norm", "prior_loss_weight", "lr_warmup_steps", "learning_rate", "learning_rate_a", "learning_rate_b",
     "text_encoder_lr", "adam_weight_decay", "adam_weight_decay_text_encoder", "adam_epsilon", "guidance_scale",
@@ -390,6 +395,13 @@ def check(args: argparse.Namespace) -> None:
     sources = [args.instance_data_dir, args.dataset_name]
     require(any(sources), "No training images: give --instance_data_dir FOLDER or --dataset_name NAME.")
     require(not all(sources), "--instance_data_dir and --dataset_name were both given; keep one of them.")
+    for name in NOT_EMPTY:
+        require(
+            getattr(args, name) != "", f"--{name} is empty: was it given by a variable that is not set? Drop the flag."
+        )
+    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3"):
+        value = getattr(args, name)
+        require(value is None or 0 <= value < 1, f"--{name} {value}: expected at least 0 and below 1.")
     for name in AT_LEAST_0:
         value = getattr(args, name)
         require(value is None or value >= 0, f"--{name} {value}: expected at least 0.")

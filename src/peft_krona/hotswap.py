@@ -40,10 +40,12 @@ def prepare(model: nn.Module, max_r: int) -> bool:
         Whether there was an adapter.
 
     Raises:
-        ConfigError: if an adapter has more terms than `max_r`. Nothing is changed.
+        ConfigError: if an adapter has more terms than `max_r`, or that is no number of terms. Nothing is changed.
         MergeError: if an adapter is merged.
     """
     layers = _layers(model)
+    if layers and (isinstance(max_r, bool) or not isinstance(max_r, int) or max_r < 1):
+        raise ConfigError(f"target_rank={max_r!r} is not allowed; expected an integer >= 1, the terms to pad to.")
     for name, layer in layers.items():
         _refuse_merged(layer, "prepare the model for hotswapping")
         for adapter, r in layer.r.items():

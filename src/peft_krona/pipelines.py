@@ -133,7 +133,10 @@ def save_krona_weights(
             f"No model of this {type(pipe).__name__} has a KronA adapter named {adapter_name!r}; it has "
             f"{_adapter_names(pipe) or 'none'}. Add one with add_krona(pipe) or name another."
         )
-    root = Path(save_directory)
+    root = _named_path(save_directory, "save_directory")
+    place = next(path for path in (root, *root.absolute().parents) if path.exists() or path.is_symlink())
+    if not place.is_dir():
+        raise FormatError(f"{root}: {place} is no folder. Choose another save_directory.")
     _check_replaceable(root, configs)
     models = models_of(pipe)
     weights = {name: _weights_of(models[name], name, adapter_name, (state_dicts or {}).get(name)) for name in configs}
@@ -195,7 +198,8 @@ def load_krona_weights(
                 f"load_krona_weights got an unexpected keyword argument {name!r}: expected one of its own, or of "
                 "huggingface_hub's snapshot_download. (What it has loaded can be trained without any.)"
             )
-    path = find(os.fspath(source), weight_name, subfolder, revision=revision, token=token, **hub)
+    source = os.fspath(_named_path(source, "source"))
+    path = find(source, weight_name, subfolder, revision=revision, token=token, **hub)
     models = models_of(pipe)
     components = read_own(path, models, config)
     if components is None:
@@ -203,6 +207,16 @@ def load_krona_weights(
             raise ConfigError(f"config= is for a file of KronA weights without settings, which {path} is not.")
         components = read_adapter(path, shapes=shapes_of_models(models)).peft_components(models)
     return load_components(pipe, components, adapter_name, weight, hotswap=hotswap, where=str(path))
+
+
+def _named_path(path: Any, argument: str) -> Path:
+    """Raises ConfigTypeError for what is no path, and ConfigError for an empty one, which is the current folder."""
+    if not isinstance(path, (str, os.PathLike)):
+        hint = " A state dict goes into pipe.load_lora_weights." if isinstance(path, Mapping) else ""
+        raise ConfigTypeError(f"{argument} should be a path, got {type(path).__name__}.{hint}")
+    if not os.fspath(path):
+        raise ConfigError(f"{argument} is empty. Write '.' for the current folder.")
+    return Path(path)
 
 
 def load_components(
