@@ -65,7 +65,9 @@ from examples.dreambooth import (
 )
 from examples.dreambooth.arguments import (
     adapter_config,
+    adapter_name,
     check_family,
+    compared,
     parse_args,
     public_settings,
     settings,
@@ -511,13 +513,13 @@ def run(argv: list[str]) -> int:
         try:
             args = parse_args(argv or ["--demo", demo.DEFAULT_SUBJECT], demo.settings)
             trained = {}
-            for one in (args, demo.with_lora(args) if args.demo else None):
+            for one in (args, compared(args, demo.LEARNING_RATES)):
                 if one is None:
                     continue
                 summary = main(one)
                 if summary["interrupted"]:
                     return interrupts.ended()
-                trained[demo.name_of(one)] = {
+                trained[adapter_name(one)] = {
                     "folder": Path(one.output_dir),
                     "parameters": summary["trainable parameters"],
                     "bytes": summary["adapter file, bytes"],

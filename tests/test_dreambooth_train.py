@@ -29,7 +29,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 from examples import dreambooth_kron, generate
 from examples.dreambooth import TrainingError, card, checkpoint, demo, evaluate
-from examples.dreambooth.arguments import parse_args
+from examples.dreambooth.arguments import adapter_name, compared, parse_args
 
 SCRIPT = Path(dreambooth_kron.__file__)
 
@@ -668,13 +668,13 @@ def test_demo_prints_a_table_and_shows_a_grid(tiny_sd, tmp_path, monkeypatch, ca
         assert grid.size == (170 + 7 * 128, 7 * 128)
 
 
-def test_the_demo_trains_lora_just_as_long(monkeypatch):
+def test_the_demo_trains_lora_just_as_long():
     """Everything but the adapter, its learning rate and its folder is the same; nothing is compared where not asked."""
     args = parse_args(["--demo", "dog", "--seed", "3", "--learning_rate", "1e-3"], demo.settings)
-    other = demo.with_lora(args)
+    other = compared(args, demo.LEARNING_RATES)
     changed = {name for name, value in vars(args).items() if getattr(other, name) != value}
     assert changed <= {"adapter_type", "rank", "alpha", "export", "output_dir", "learning_rate", "text_encoder_lr"}
     assert other.learning_rate == pytest.approx(1e-3 * demo.LEARNING_RATES["lora"] / demo.LEARNING_RATES["krona"])
-    assert other.output_dir == "output/demo-dog-lora" and demo.name_of(other) == "LoRA r=4"
+    assert other.output_dir == "output/demo-dog-lora" and adapter_name(other) == "LoRA r=4"
     for flags in (["--compare_with", "none"], ["--adapter_type", "lora"], ["--adapter_type", "lokr"]):
-        assert demo.with_lora(parse_args(["--demo", "dog", *flags], demo.settings)) is None
+        assert compared(parse_args(["--demo", "dog", *flags], demo.settings), demo.LEARNING_RATES) is None

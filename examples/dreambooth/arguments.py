@@ -7,11 +7,12 @@ Only this file and the script itself see the parsed flags; every other helper is
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import LoKrConfig, LoraConfig, PeftConfig
@@ -557,6 +558,35 @@ def complete(args: argparse.Namespace) -> None:
     args.target_modules = modules(args.target_modules)
     args.text_encoder_target_modules = modules(args.text_encoder_target_modules)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+
+
+def compared(args: argparse.Namespace, rates: Mapping[str, float]) -> argparse.Namespace | None:
+    """What --demo trains beside KronA: all the same with LoRA, in a folder beside; None if nothing is to be compared.
+
+    `rates`: the demo's learning rates; LoRA's are in their proportion, whatever the flags say.
+    """
+    if not args.demo or args.adapter_type != "krona" or args.init_adapter or args.compare_with == "none":
+        return None
+    other = copy.copy(args)
+    other.adapter_type, other.rank, other.alpha, other.export = "lora", 4, 4.0, "none"
+    other.output_dir, other.push_to_hub = f"{args.output_dir}-lora", False
+    for name in ("learning_rate", "text_encoder_lr", "learning_rate_a", "learning_rate_b"):
+        if getattr(args, name) is not None:
+            setattr(other, name, getattr(args, name) * rates["lora"] / rates["krona"])
+    if args.resume_from_checkpoint != "latest":
+        other.resume_from_checkpoint = None  # a checkpoint of the other training
+    return other
+
+
+def adapter_name(args: argparse.Namespace) -> str:
+    """What a table calls the adapter.
+
+    >>> adapter_name(argparse.Namespace(adapter_type="lora", rank=4))
+    'LoRA r=4'
+    """
+    if args.adapter_type == "krona":
+        return f"KronA ({args.krona_a_out},{args.krona_a_in})" + (f" r={args.rank}" if args.rank != 1 else "")
+    return {"lora": "LoRA", "lokr": "LoKr"}[args.adapter_type] + f" r={args.rank}"
 
 
 def adapter_config(args: argparse.Namespace, part: str, usual: Sequence[str] = ATTENTION) -> PeftConfig:

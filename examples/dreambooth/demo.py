@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +29,6 @@ TARGETS = (
 )  # fmt: skip
 # Chosen on half of the subjects, see examples/README.md.
 LEARNING_RATES = {"krona": 7e-3, "lora": 1.5e-3}
-LORA_RANK = 4
 BASE = "base model"
 
 
@@ -75,29 +72,6 @@ def prompts_of(subject: str, prompt: str) -> dict[str, str]:
 
     seen = subjects()[subject]["colours"]
     return {colour: f"{prompt} on {article(colour)} background" for colour in COLOURS if colour not in seen}
-
-
-def with_lora(args: argparse.Namespace) -> argparse.Namespace | None:
-    """The same training with LoRA, in a folder beside; None if `args` train no KronA, or ask for no comparison."""
-    if args.adapter_type != "krona" or args.init_adapter or args.compare_with == "none":
-        return None
-    other = copy.copy(args)
-    other.adapter_type, other.rank, other.alpha, other.export = "lora", LORA_RANK, float(LORA_RANK), "none"
-    other.output_dir, other.push_to_hub = f"{args.output_dir}-lora", False
-    share = LEARNING_RATES["lora"] / LEARNING_RATES["krona"]
-    for name in ("learning_rate", "text_encoder_lr", "learning_rate_a", "learning_rate_b"):
-        if getattr(args, name) is not None:
-            setattr(other, name, getattr(args, name) * share)
-    if args.resume_from_checkpoint != "latest":
-        other.resume_from_checkpoint = None  # a checkpoint of the other training
-    return other
-
-
-def name_of(args: argparse.Namespace) -> str:
-    """What the table calls a training."""
-    if args.adapter_type == "krona":
-        return f"KronA ({args.krona_a_out},{args.krona_a_in})" + (f" r={args.rank}" if args.rank != 1 else "")
-    return {"lora": "LoRA", "lokr": "LoKr"}[args.adapter_type] + f" r={args.rank}"
 
 
 def judge_and_show(
