@@ -71,6 +71,27 @@ def test_numbers_of_the_readme_are_the_tables_():
         assert words.format(steps[name]) in text
 
 
+def test_quality_in_the_readme_is_the_study_s():
+    """The README's numbers of quality are docs/evidence/study.json's, in percent and points."""
+    study = json.loads((ROOT / "docs" / "evidence" / "study.json").read_text(encoding="utf-8"))
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+    def points(interval):
+        return "{mean:.0f} [{low:.0f}, {high:.0f}]".format(**{k: 100 * interval[k] for k in ("mean", "low", "high")})
+
+    best, paired = study["stability"]["best"]["krona 64,4"], study["stability"]["paired"]
+    assert f"{best['parameters']:,} parameters of KronA" in text
+    assert f"in {points(best['both_right'])} % of the pictures" in text
+    names = {"lora r=4": "LoRA of rank 4 with 4.7 times the parameters", "lora r=1": "LoRA of rank 1", "lokr": "LoKr"}
+    for method, words in names.items():
+        assert f"{words} ({points(paired[method]['both_right'])} points more)" in text
+    verdicts = {row["claim"]: row["verdict"] for row in study["claims"]}
+    wider = next(verdict for claim, verdict in verdicts.items() if "wider range of learning rates" in claim)
+    assert ("**not** the one with the wider range" in text) == (wider == "does not hold here")
+    demo = study["default"]
+    assert f"{len(demo['reached'])} of the {len(demo['subjects'])} subjects" in text
+
+
 def test_tables_of_calls_and_variants_are_the_files_():
     """docs/performance.md's numbers of host time and of variants are those of benchmarks/results."""
     results = ROOT / "benchmarks" / "results"

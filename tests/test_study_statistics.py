@@ -82,9 +82,11 @@ def test_balanced():
     assert statistics.balanced(cells | {("o", 1.0): []}) == set()
 
 
-def study(shares: dict[str, list[float]], shift=None) -> dict:
-    """A study of stability alone, made up; `shift`: {subject: of all its shares}."""
+def study(shares: dict[str, list[float]], shift=None, few=None) -> dict:
+    """A study of stability alone, made up; `shift`: {subject: of all its shares}; `few`: methods with one subject."""
     records = {}
+    for method, own in (few or {}).items():
+        records |= curve_of(method, own, plan.REPORTED[:1])
     for method, own in shares.items():
         records |= curve_of(method, own, plan.REPORTED)
     for r in records.values():
@@ -184,7 +186,7 @@ def test_the_page_of_evidence_has_the_numbers_of_its_file():
 
 def test_a_method_that_has_not_run_takes_nothing_from_the_others():
     """Runs of some methods alone, and one more of a method whose other rates are missing."""
-    some = study({KRONA: WIDE, "lora r=4": NARROW})
+    some = study({KRONA: WIDE, "lora r=4": NARROW}, few={"krona 64,8": WIDE})
     whole = study(dict.fromkeys(plan.METHODS, NARROW) | {KRONA: WIDE})
     for path in ("stability/wider/rates/lora r=4", "stability/paired/lora r=4/both_right", "stability/rates/lora r=4"):
         assert claims.at(some, path) == claims.at(whole, path) is not None

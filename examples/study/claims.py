@@ -128,7 +128,7 @@ CLAIMS = (
         "both right, with feed-forward layers minus attention alone; bound 0.05", -inf, 0.05,
     ),
     Claim(
-        "convolutions have to be adapted too (the demo's recipe)", "README",
+        "more than attention has to be adapted (the demo's recipe)", "README",
         "layers/paired/krona 64,4, attention/both_right", "both right, all layers minus attention alone",
     ),
 )  # fmt: skip

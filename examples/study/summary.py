@@ -141,8 +141,10 @@ def default(own: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def stability(by_cell: Mapping[Cell, list[dict[str, Any]]], dropped: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Curves, widths and comparisons at each method's best rate; `dropped`: rates that got no more runs."""
     kept = {cell: own for cell, own in by_cell.items() if cell[1] not in dropped.get(cell[0], ())}
-    methods = list(dict.fromkeys(m for m, _ in by_cell if all(own for (n, _), own in kept.items() if n == m)))
-    kept = {cell: own for cell, own in kept.items() if cell[0] in methods}  # of the others some rates are missing
+    ran = {m: len({s for s, _ in balanced({c: own for c, own in kept.items() if c[0] == m})}) for m, _ in kept}
+    # a method that has run on few subjects is left out: else these few would be all that any method is judged by
+    methods = [m for m, subjects in ran.items() if 2 * subjects > max(ran.values())]
+    kept = {cell: own for cell, own in kept.items() if cell[0] in methods}
     pairs = balanced(kept)
     subjects = {s for s, _ in pairs}
     found: dict[str, Any] = {
