@@ -258,7 +258,7 @@ REFUSED = [
     ("alpha", 10**400, NUMBER),
     ("inference_mode", "no", "True or False"),
     *((field, value, "a list of names, each a string, or one regex")
-      for field in ("target_modules", "exclude_modules") for value in ({1}, ["q", None], {""})),
+      for field in ("target_modules", "exclude_modules") for value in ({1}, {None}, {""})),
     ("modules_to_save", "head", r"a list of names: \['head'\]"),  # PEFT would take its letters
     *(("modules_to_save", value, "a list of names, or None") for value in ([1], 5, [""], {"head": 1})),
     *(("layers_to_transform", value, "an index >= 0, a list of them, or None")
