@@ -25,8 +25,8 @@ METHODS = {
 }
 STEP = 10 ** (2.5 / 6)  # between neighbouring rates: seven of them are 2.5 decades
 # The middle of each method's seven rates, as a step of `rate`, stated before any reported subject was trained: about
-# the best of the experiment "choosing" on its first subject, with attention alone adapted.  LoRA r=4 and LoKr were a
-# step higher, where their highest rate ends in a loss that is not a number.
+# the best of the experiment "choosing" on its first subject, with attention alone adapted.  One exception: LoRA r=4 and
+# LoKr went a step down after the first reported subject, on which their highest rate ended in a loss that is no number.
 CENTRES = {"krona 64,4": 0, "krona 64,8": 0, "lora r=1": -1, "lora r=4": -1, "lokr": 0, "lokr f=2": 0}
 
 
