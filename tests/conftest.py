@@ -2,6 +2,9 @@
 """Shared set-up: offline, one thread per worker, an own cache folder, and uninitialised memory made visible."""
 
 import os
+import signal
+import sys
+import threading
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -10,6 +13,8 @@ import pytest
 import torch
 
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))  # more in tests/numerics.py only
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, which is inherited
 _assert_close = torch.testing.assert_close
 
 
@@ -62,3 +67,12 @@ def _seeded_and_poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator_left_behind():
+    """accelerate keeps the first Accelerator's settings for the process: the next test may want others."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(True)
+        state.PartialState._reset_state()

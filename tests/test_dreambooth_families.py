@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import dreambooth_pipelines as tiny
 import tiny_families
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from examples import dreambooth_kron, generate
@@ -53,13 +53,6 @@ def pictures(tmp_path_factory):
     for i, caption in enumerate(CAPTIONS):
         (folder / f"{i}.txt").write_text(caption)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
 
 
 def train(kind, pipeline, pictures, output, *more):

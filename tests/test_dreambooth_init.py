@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import dreambooth_pipelines as tiny
 import tiny_families
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from examples import dreambooth_kron
@@ -48,13 +48,6 @@ def tiny_sd(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     return tiny.images(tmp_path_factory.mktemp("pictures"), count=2)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
 
 
 def adapter(unet, a_out, a_in, r=1, layout="kron", text=None):

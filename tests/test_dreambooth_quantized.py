@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import dreambooth_pipelines as tiny
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 
 from examples import dreambooth_kron
@@ -26,13 +26,6 @@ from examples.dreambooth import TrainingError, quantized
 from examples.dreambooth.arguments import parse_args
 
 GPU = torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import dreambooth_pipelines as tiny
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 
 from examples import dreambooth_kron, generate
 from examples.dreambooth import TrainingError, card, checkpoint, demo, evaluate
@@ -47,13 +47,6 @@ def tiny_sdxl(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     return tiny.images(tmp_path_factory.mktemp("pictures") / "input").parent
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
 
 
 def arguments(pipeline, pictures, output, *more):
