@@ -49,6 +49,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from examples.dreambooth import (
+    DivergedError,
     TrainingError,
     adapters,
     card,
@@ -279,6 +280,18 @@ def main(args: Any) -> dict[str, Any]:
         if accelerator.is_main_process:
             adapters.save(pipe, trained, folder, base_model, metadata, whole)
 
+    def diverged(what: str) -> DivergedError:
+        return DivergedError(
+            f"{what} update {step}: try a lower --learning_rate, or --mixed_precision bf16 or no. Checkpoints of "
+            f"earlier updates are in {output}."
+        )
+
+    def check_weights() -> None:
+        """Before they are saved: the loss tells of the last update at the next one."""
+        finite = torch.tensor(sharded.all_finite(parameters), device=device)
+        if not accelerator.gather(finite).all():
+            raise diverged("The adapter's weights are NaN or infinite after")
+
     def on_save(models: list, weights: list, folder: str) -> None:
         weights.clear()  # not the frozen base model, only the adapters
         save_adapters(Path(folder))
@@ -371,10 +384,7 @@ def main(args: Any) -> dict[str, Any]:
             shown = {"loss": torch.stack(losses).mean().item(), "lr": lr_scheduler.get_last_lr()[0]}
             losses.clear()
             if not math.isfinite(shown["loss"]):
-                raise TrainingError(
-                    f"The loss is {shown['loss']} at update {step}: try a lower --learning_rate, or --mixed_precision "
-                    f"bf16 or no. Checkpoints of earlier updates are in {output}."
-                )
+                raise diverged(f"The loss is {shown['loss']} at")
             bar.update()
             bar.set_postfix(loss=f"{shown['loss']:.4f}", lr=f"{shown['lr']:.1e}")
             if args.max_grad_norm:
@@ -391,12 +401,14 @@ def main(args: Any) -> dict[str, Any]:
                 optim.set_train_mode(optimizer, True)
                 accelerator.wait_for_everyone()
             if step % args.checkpointing_steps == 0:
+                check_weights()
                 checkpoints.save(step)
             if interrupts.requested:
                 accelerator.set_trigger()
             if accelerator.check_trigger():
                 break
         seconds = time.time() - loop_started
+        check_weights()
         if interrupted := step < total:
             saved = checkpoints.save(step)
             say(f"Interrupted after {step} of {total} updates.")

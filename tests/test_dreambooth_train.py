@@ -609,6 +609,14 @@ def test_ctrl_c_saves_and_resumes(tiny_sd, pictures, tmp_path, capsys, monkeypat
             r"--class_data_dir .*bad\.png: expected a folder, which cannot be made",
         ),
         (["--noise_offset", "inf"], r"The loss is nan at update 1: try a lower --learning_rate"),
+        (
+            ["--learning_rate", "1e30", "--adam_weight_decay", "1e30", "--max_train_steps", "1"],
+            r"The adapter's weights are NaN or infinite after update 1: try a lower --learning_rate",
+        ),
+        (
+            ["--learning_rate", "1e30", "--adam_weight_decay", "1e30", "--checkpointing_steps", "1"],
+            r"The adapter's weights are NaN or infinite after update 1: try a lower --learning_rate",
+        ),
         (["--aspect_ratio_buckets", "1;2"], r"--aspect_ratio_buckets '1;2'"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

@@ -97,6 +97,11 @@ def test_interval_resamples_subjects():
     assert (same.mean, same.low, same.high) == (0.5, 0.5, 0.5)
 
 
+def test_interval_is_the_same_in_any_order_of_subjects():
+    some = {"a": [0.1], "b": [0.7], "c": [0.2], "d": [0.9], "e": [0.4]}
+    assert interval(some) == interval({name: some[name] for name in "decab"})
+
+
 def test_interval_covers():
     """About 95 % of intervals hold the true mean; a percentile bootstrap of 12 falls a little short."""
     rng = np.random.default_rng(0)

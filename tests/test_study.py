@@ -4,6 +4,7 @@
 import json
 import multiprocessing
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -316,6 +317,23 @@ def test_images_of_a_part(tmp_path):
     )
     with pytest.raises(ValueError, match="6 images of duck: expected 1 to 5"):
         runs.some_images("duck", 6, tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--noise_offset", "inf"),  # the loss is no number
+        ("--adam_weight_decay", "1e30"),  # the loss is one, and then comes the only update
+    ],
+)
+def test_a_training_that_ends_in_no_numbers_is_a_zero(flags, tmp_path):
+    sizes = replace(plan.QUICK, steps=1)
+    run = plan.Run(KRONA, (*plan.METHODS[KRONA], *flags), 1e10, 0, "duck", sizes)
+    found = runs.execute(run, tmp_path)
+    json.dumps(found, allow_nan=False)
+    assert found["diverged"] and found["key"] == run.key(runs.fingerprint(demo.PIPELINE))
+    assert {found[name] for name in runs.SHARES} == {0.0}
+    assert "similarity" not in found and "update_norm" not in found and found["seconds_run"] > 0
 
 
 @pytest.mark.slow

@@ -119,6 +119,31 @@ def test_summary():
     assert found["rates"]["lora r=1"]["mean"] == pytest.approx(plan.rates_of(KRONA)[1] / plan.rates_of("lora r=1")[3])
 
 
+def test_runs_that_diverged_count_as_zeros_and_are_left_out_of_what_they_have_not(tmp_path):
+    """Of KronA's seven rates one has no run that ended in numbers, and one has seven of eight."""
+    zeros = dict.fromkeys(("both_right", "subject_right", "background_right", "long_right"), 0.0)
+    records = curve_of(KRONA, WIDE, plan.REPORTED) | curve_of("lora r=4", WIDE, plan.REPORTED)
+    rates = plan.rates_of(KRONA)
+    for key, r in records.items():
+        if r["key"].startswith("flags=--adapter_type krona"):
+            if r["learning_rate"] == rates[6] or (r["learning_rate"], r["subject"]) == (rates[3], "duck"):
+                kept = {k: r[k] for k in ("key", "learning_rate", "seed", "subject", "versions", "seconds_run")}
+                records[key] = kept | {"diverged": True} | zeros
+    runs = {name: plan.planned(name) for name in plan.EXPERIMENTS}
+    found = summary.summarize(runs, records, "base", {"base": "base", "rates": dict(plan.STATED), "sources": {}})
+    rows = {r["learning_rate"]: r for r in found["stability"]["rows"] if r["method"] == KRONA}
+    assert [rows[lr]["diverged"] for lr in rates] == [0, 0, 0, 1, 0, 0, 8]
+    assert rows[rates[6]]["norm"] is None and rows[rates[6]]["share"] == 0.0
+    assert rows[rates[3]]["share"] == pytest.approx(0.6 * 7 / 8) and rows[rates[3]]["similarity"]["subjects"] == 7
+    assert rows[rates[3]]["norm"] == pytest.approx(100 * rates[3]) and rows[rates[3]]["both_right"]["subjects"] == 8
+    for axis in ("rates", "norms"):
+        width = found["stability"]["widths"][axis][KRONA]
+        assert np.isfinite([width["mean"], width["low"], width["high"]]).all()
+    assert tables.curves(found).count("diverged") == 2
+    json.dumps(found, allow_nan=False)
+    assert plots.write(found, tmp_path)
+
+
 def test_verdicts():
     claim = claims.Claim("c", "s", "x", "m", -0.1, 0.1)
 

@@ -11,6 +11,10 @@ class TrainingError(Exception):
     """Something that the user can put right; the message says what was expected, what was found and what to do."""
 
 
+class DivergedError(TrainingError):
+    """The loss is no number any more."""
+
+
 def one_line(error: BaseException) -> str:
     """The message of another library, to be quoted in ours."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -95,3 +95,9 @@ def spread_like(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tenso
 def whole(value: Any) -> Any:
     """A norm over parameters that are spread, as a number of all processes."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def all_finite(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether what this process holds of the parameters has neither NaN nor infinity."""
+    parts = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
+    return all(bool(part.isfinite().all()) for part in parts)

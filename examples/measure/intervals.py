@@ -37,7 +37,7 @@ def interval(by_subject: Mapping[str, Sequence[float]], level: float = 0.95) -> 
         )
     from scipy.stats import bootstrap
 
-    means = np.array([np.mean(values) for values in by_subject.values()])
+    means = np.array([np.mean(by_subject[name]) for name in sorted(by_subject)])  # what is drawn depends on the order
     if np.ptp(means) == 0:  # scipy warns of a degenerate distribution
         return Interval(float(means[0]), float(means[0]), float(means[0]), len(means))
     found = bootstrap(

@@ -34,7 +34,9 @@ def stability(summary: Mapping[str, Any], path: Path) -> Path:
     )  # fmt: skip
     for axis, across, measure, label in panels:
         for i, method in enumerate(dict.fromkeys(r["method"] for r in found["rows"])):
-            points = [r for r in found["rows"] if r["method"] == method and r["runs"]]
+            points = [r for r in found["rows"] if r["method"] == method and r["runs"] and r[across] is not None]
+            if not points:
+                continue
             dropped = found.get("dropped", {}).get(method, ())
             points = sorted(points, key=lambda r: r[across])
             kept = [r for r in points if r[measure] and r["learning_rate"] not in dropped]

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from examples import dreambooth_kron
-from examples.dreambooth import adapters, demo, evaluate
+from examples.dreambooth import DivergedError, adapters, demo, evaluate
 from examples.dreambooth.arguments import parse_args
 from examples.dreambooth.images import image_files, open_image
 from examples.emoji_sd.export import concepts
@@ -36,6 +36,7 @@ from .plan import TRAINING, Run, Sizes
 
 GUIDANCE = 4.0
 SIZE = (64, 64)
+SHARES = ("subject_right", "background_right", "both_right", "long_right")
 TIMED = 2  # of these the quickest counts
 # of {thing} and {colour}; the long ones use words that the pipeline was trained on, all that a caption can have
 LONG = (
@@ -220,6 +221,7 @@ def execute(run: Run, folder: Path, pipeline: Path = demo.PIPELINE) -> dict[str,
         drift: mean feature distance of the unrelated prompts' pictures from the base model's
         update_norm, parameters, file_bytes, seconds_training (CPU, with what is done before the first step),
         those of `Costs` and seconds_base, seconds_run (CPU, of all this), versions
+    A training that ends in no numbers draws no right picture: its shares are 0, and what was not measured is missing.
     """
     begun = time.process_time()
     flags = [
@@ -230,8 +232,15 @@ def execute(run: Run, folder: Path, pipeline: Path = demo.PIPELINE) -> dict[str,
         *some_images(run.subject, run.images, folder / "images"),
     ]  # fmt: skip
     args = parse_args(flags, demo.settings)
-    with plain_attention():
-        summary = dreambooth_kron.main(args)
+    own = {k: v for k, v in asdict(run).items() if k not in ("sizes", "method")} | asdict(run.sizes)
+    own |= {"key": run.key(fingerprint(pipeline)), "base": fingerprint(pipeline), "versions": versions()}
+
+    try:
+        with plain_attention():
+            summary = dreambooth_kron.main(args)
+    except DivergedError:
+        zero = dict.fromkeys(SHARES, 0.0)
+        return own | {"diverged": True} | zero | {"seconds_run": round(time.process_time() - begun, 2)}
     seconds = time.process_time() - begun
     if summary["interrupted"]:
         raise KeyboardInterrupt
@@ -260,11 +269,10 @@ def execute(run: Run, folder: Path, pipeline: Path = demo.PIPELINE) -> dict[str,
     n = len(colours)
     texts = [f"{article(concept)} on {article(c)} background" for c in colours]
     originals, features = instances(run.subject)
-    own = encoder.features(pictures[:n] + others)
-    mean_cosine = torch.nn.functional.normalize(own[:n], dim=1) @ torch.nn.functional.normalize(features, dim=1).T
-    record = {k: v for k, v in asdict(run).items() if k not in ("sizes", "method")} | asdict(sizes) | {
-        "key": run.key(fingerprint(pipeline)),
-        "base": fingerprint(pipeline),
+    drawn_features = encoder.features(pictures[:n] + others)
+    unit = partial(torch.nn.functional.normalize, dim=1)
+    mean_cosine = unit(drawn_features[:n]) @ unit(features).T
+    record = own | {
         "subject_right": sum(named[:n]) / n,
         "background_right": sum(found[:n]) / n,
         "both_right": sum(both[:n]) / n,
@@ -272,12 +280,11 @@ def execute(run: Run, folder: Path, pipeline: Path = demo.PIPELINE) -> dict[str,
         "own_similarity": float(judge.subject_similarity(pictures[:n], originals).mean()),
         "alignment": float(judge.text_similarity(pictures[:n], texts).diagonal().mean()),
         "long_right": sum(both[n:]) / len(long),
-        "drift": float(drift(unrelated_features(pipeline, sizes), own[n:]).mean()),
+        "drift": float(drift(unrelated_features(pipeline, sizes), drawn_features[n:]).mean()),
         "update_norm": update_norm(pipe.unet),
         "parameters": summary["trainable parameters"],
         "file_bytes": summary["adapter file, bytes"],
         "seconds_training": round(seconds, 2),
-        "versions": versions(),
     }  # fmt: skip
     record |= {"seconds_base": seconds_base} | costs.adapted()
     return record | {"seconds_run": round(time.process_time() - begun, 2)}

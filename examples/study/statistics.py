@@ -41,10 +41,10 @@ def balanced(some: Mapping[Cell, list[dict[str, Any]]]) -> set[tuple[str, int]]:
 
 
 def by_subject(records: Sequence[dict[str, Any]], pairs: set[tuple[str, int]], measure: str) -> Values:
-    """A subject's mean over its seeds."""
+    """A subject's mean over its seeds, without the runs that diverged before it could be measured."""
     found: dict[str, list[float]] = defaultdict(list)
     for record in records:
-        if (record["subject"], record["seed"]) in pairs:
+        if (record["subject"], record["seed"]) in pairs and measure in record:
             found[record["subject"]].append(record[measure])
     return {subject: float(np.mean(found[subject])) for subject in sorted(found)}
 
@@ -79,8 +79,9 @@ def span(x: np.ndarray, y: np.ndarray) -> Span:
 class Curve:
     """A method's quality over its learning rates.
 
-    rates: N, increasing. norms: N, mean norms of the update. quality: subjects x N; the columns of dropped rates are
-    not numbers. deficit: N, for dropped rates how far they were below the column `reference` when they were dropped.
+    rates: N, increasing. norms: N, mean norms of the update, no number where all runs diverged. quality: subjects x N;
+    the columns of dropped rates are not numbers. deficit: N, for dropped rates how far they were below the column
+    `reference` when they were dropped.
     """
 
     rates: np.ndarray
@@ -98,7 +99,7 @@ class Curve:
     def span(self, rows: np.ndarray | slice = slice(None), axis: str = "rates") -> Span:
         """On the logarithm to the base of 10 of `axis`, "rates" or "norms"."""
         x = np.log10(getattr(self, axis))
-        order = np.argsort(x, kind="stable")
+        order = np.argsort(x, kind="stable")[: int(np.isfinite(x).sum())]  # what is no number is last
         return span(x[order], self.mean(rows)[order])
 
 

@@ -115,10 +115,22 @@ def row(cell: Cell, own: Sequence[dict[str, Any]], planned: int) -> dict[str, An
     pairs = {(r["subject"], r["seed"]) for r in own}
     return {
         "method": cell[0], "learning_rate": cell[1], "runs": len(own), "planned": planned,
-        "subjects": len({s for s, _ in pairs}), "parameters": own[0]["parameters"] if own else None,
+        "subjects": len({s for s, _ in pairs}), "diverged": sum("diverged" in r for r in own),
+        "parameters": only(own, "parameters"),
         "share": float(np.mean([r[rules.QUALITY] for r in own])) if own else None,
-        "norm": float(np.mean([r["update_norm"] for r in own])) if own else None,
+        "norm": mean_norm(own),
     } | {measure: mean(by_subject(own, pairs, measure)) for measure in MEASURES}  # fmt: skip
+
+
+def only(own: Sequence[dict[str, Any]], field: str) -> Any:
+    """What all records agree on that have it; None if none has."""
+    return next((r[field] for r in own if field in r), None)
+
+
+def mean_norm(own: Sequence[dict[str, Any]]) -> float | None:
+    """Of the update; None if no run has one, as none was done or all diverged."""
+    norms = [r["update_norm"] for r in own if "update_norm" in r]
+    return float(np.mean(norms)) if norms else None
 
 
 def default(own: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -128,7 +140,9 @@ def default(own: Sequence[dict[str, Any]]) -> dict[str, Any]:
     reached = [s for s in measures["subject_right"] if all(measures[m][s] >= least for m, least in ENOUGH.items())]
     return {
         "seeds": len({seed for _, seed in pairs}),
-        "subjects": {s: {m: round(v[s], 4) for m, v in measures.items()} for s in measures["subject_right"]},
+        "subjects": {
+            s: {m: round(v[s], 4) if s in v else None for m, v in measures.items()} for s in measures["subject_right"]
+        },
         "reached": reached,
         "reached_of_the_reported": [s for s in reached if s in REPORTED],
         "means": {
@@ -170,20 +184,18 @@ def stability(by_cell: Mapping[Cell, list[dict[str, Any]]], dropped: Mapping[str
         found["wider"][axis] = {
             m: plain(percentiles(own[OWN] - own[m], len(subjects))) for m in methods if OWN in methods and m != OWN
         }
-    chosen: dict[str, dict[str, float]] = {}
-    for m in methods:
-        quality = {lr: by_subject(own, pairs, rules.QUALITY) for (method, lr), own in kept.items() if method == m}
-        chosen[m] = left_out(quality)
+
+    def values(m: str, measure: str) -> dict[float, Values]:
+        return {lr: by_subject(own, pairs, measure) for (method, lr), own in kept.items() if method == m}
+
+    chosen = {m: left_out(values(m, rules.QUALITY)) for m in methods}
     found["best"] = {}
     at_best: dict[str, dict[str, Values]] = {}
     for m in methods:
-        at_best[m] = {
-            measure: {s: by_subject(kept[m, lr], pairs, measure)[s] for s, lr in chosen[m].items()}
-            for measure in MEASURES
-        }
+        at_best[m] = {measure: at_rates(values(m, measure), chosen[m]) for measure in MEASURES}
         found["best"][m] = {
             "learning_rates": chosen[m],
-            "parameters": next(r["parameters"] for (method, _), own in kept.items() if method == m for r in own),
+            "parameters": only([r for (method, _), own in kept.items() if method == m for r in own], "parameters"),
         } | {measure: mean(values) for measure, values in at_best[m].items()}
     if OWN in methods:
         found["paired"] = {
@@ -198,10 +210,15 @@ def stability(by_cell: Mapping[Cell, list[dict[str, Any]]], dropped: Mapping[str
             places = {s: rates.index(lr) + step for s, lr in chosen[OWN].items()}
             beside = {s: rates[place] for s, place in places.items() if 0 <= place < len(rates)}
             found["beside"][name] = {
-                m: difference(at_best[OWN][m], {s: by_subject(kept[OWN, lr], pairs, m)[s] for s, lr in beside.items()})
-                for m in MEASURES
+                measure: difference(at_best[OWN][measure], at_rates(values(OWN, measure), beside))
+                for measure in MEASURES
             }
     return found
+
+
+def at_rates(values: Mapping[float, Values], rates: Mapping[str, float]) -> Values:
+    """Each subject's value at its own rate, of those that have one there.  values: {rate: {subject: value}}."""
+    return {s: values[lr][s] for s, lr in rates.items() if s in values[lr]}
 
 
 def curve(
@@ -213,7 +230,7 @@ def curve(
     norms = np.zeros(len(rates))
     for i, lr in enumerate(rates):
         own = by_cell[method, lr]
-        norms[i] = np.mean([r["update_norm"] for r in own])
+        norms[i] = mean_norm(own) or np.nan
         if lr not in dropped:
             values = by_subject(own, pairs, rules.QUALITY)
             quality[:, i] = [values[s] for s in subjects]
@@ -277,7 +294,7 @@ def cost(by_cell: Mapping[Cell, list[dict[str, Any]]]) -> dict[str, Any]:
         if own:
             pairs = {(r["subject"], r["seed"]) for r in own}
             values[method] = {measure: by_subject(own, pairs, measure) for measure in COSTS}
-            parameters[method] = own[0]["parameters"]
+            parameters[method] = only(own, "parameters")
     found: dict[str, Any] = {
         "rows": {m: {k: mean(v) for k, v in own.items()} | {"parameters": parameters[m]} for m, own in values.items()}
     }

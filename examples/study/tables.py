@@ -70,7 +70,8 @@ def curves(summary: Summary) -> str:
         for r in own:
             share = f"{r['share']:.2f}" if r["runs"] else NOT_RUN
             few = f" (dropped after {r['runs']})" if r["learning_rate"] in dropped else ""
-            cells.append(f"{r['learning_rate']:g}: {share}{few}")
+            lost = f", {r['diverged']} diverged" if r["diverged"] else ""
+            cells.append(f"{r['learning_rate']:g}: {share}{few}{lost}")
         rows.append([method, *cells, *[""] * (width - len(cells))])
     return table(["method", "learning rate: both right", *[""] * (width - 1)], rows)
 
@@ -131,12 +132,13 @@ def default(summary: Summary) -> str:
     found = summary.get("default", {})
     if not found.get("subjects"):
         return NOT_RUN
+    shares, features = ("subject_right", "background_right"), ("similarity", "drift")
     rows = [
-        [subject, "chosen on" if subject in CHOOSING else "", f"{own['subject_right']:.0%}",
-         f"{own['background_right']:.0%}", f"{own['similarity']:.3f}", f"{own['drift']:.3f}"]
+        [subject, "chosen on" if subject in CHOOSING else "", *(f"{own[m]:.0%}" for m in shares),
+         *("" if own[m] is None else f"{own[m]:.3f}" for m in features)]
         for subject, own in found["subjects"].items()
     ]  # fmt: skip
-    columns = ("subject_right", "background_right", "similarity", "drift")
+    columns = (*shares, *features)
     for kind, means in found["means"].items():
         rows.append([f"mean, {kind}", "", *(number(means[m]) for m in columns)])
     own, reported = found["reached"], [s for s in found["subjects"] if s not in CHOOSING]
