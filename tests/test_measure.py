@@ -99,7 +99,7 @@ def test_interval_resamples_subjects():
 
 def test_interval_is_the_same_in_any_order_of_subjects():
     some = {"a": [0.1], "b": [0.7], "c": [0.2], "d": [0.9], "e": [0.4]}
-    assert interval(some) == interval({name: some[name] for name in "decab"})
+    assert intervals.interval(some) == intervals.interval({name: some[name] for name in "decab"})
 
 
 def test_interval_covers():
