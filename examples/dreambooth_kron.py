@@ -74,7 +74,7 @@ from examples.dreambooth.arguments import (
     settings,
     without_effect_on,
 )
-from examples.dreambooth.checkpoint import Checkpoints, is_write_error
+from examples.dreambooth.checkpoint import Checkpoints, is_write_error, numbered
 from examples.dreambooth.class_images import make_class_images
 from examples.dreambooth.disk_cache import DiskCache
 from examples.dreambooth.exports import export_for_other_tools, remove_exports
@@ -306,7 +306,7 @@ def main(args: Any) -> dict[str, Any]:
     accelerator.register_for_checkpointing(lr_scheduler)
     accelerator.init_trackers("dreambooth_kron", config=settings(args))
 
-    step = first_step = checkpoints.resume(args.resume_from_checkpoint)
+    step = first_step = checkpoints.resume(resumed)
     if step >= total:
         say(f"note: the checkpoint is of update {step} and {total} were asked for: nothing is left to train.")
     batches.start = step * args.gradient_accumulation_steps
@@ -508,6 +508,14 @@ def make_output(folder: Path) -> None:
         raise TrainingError(
             f"--output_dir {folder} holds a pipeline ({found}), which the adapter would replace: expected a new folder "
             "or one of an earlier training; choose another."
+        )
+    folders = [*(folder / name for name in (*adapters.COMPONENTS, "validation")), *numbered(folder)]
+    files = [folder / name for name in ("README.md", "training_summary.json")]
+    misplaced = [p for p in folders if os.path.lexists(p) and not p.is_dir()] + [p for p in files if p.is_dir()]
+    if misplaced:
+        kind, other = ("folder", "file") if misplaced[0] in files else ("file", "folder")
+        raise TrainingError(
+            f"{misplaced[0]} is a {kind}, where the training writes a {other}: move it, or choose another --output_dir."
         )
 
 

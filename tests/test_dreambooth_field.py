@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from rounding import HALF
+from safetensors.torch import save_file
 
 pytest.importorskip("diffusers")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -422,7 +423,7 @@ def two_checkpoints(tmp_path_factory):
         (folder / "unet").mkdir(parents=True)
         (folder / checkpoint.STATE).write_text(json.dumps({"step": step, "settings": {}}))
         (folder / "optimizer.bin").write_bytes(bytes(range(200)))
-        (folder / "unet" / "adapter_model.safetensors").write_bytes(bytes(200))
+        save_file({"A": torch.ones(50)}, folder / "unet" / "adapter_model.safetensors")
         checkpoint.write_checksums(folder)
     return output
 
@@ -433,6 +434,16 @@ def flip(path):
     path.write_bytes(content)
 
 
+def diverged(path):
+    save_file({"A": torch.tensor([1.0, torch.nan])}, path)
+    checkpoint.write_checksums(path.parents[1])
+
+
+def no_step(path):
+    path.write_text('{"step": -1, "settings": {}}')
+    checkpoint.write_checksums(path.parent)
+
+
 @pytest.mark.parametrize("wanted", ["latest", "checkpoint-2"])
 @pytest.mark.parametrize(
     ("name", "damaging", "message"),
@@ -441,7 +452,14 @@ def flip(path):
         ("optimizer.bin", lambda p: p.write_bytes(b""), r"optimizer\.bin is damaged \(0 bytes; 200 were saved\)"),
         ("optimizer.bin", lambda p: p.unlink(), r"optimizer\.bin is damaged \(the file is missing\)"),
         ("training_state.json", lambda p: p.write_text("{}"), r"training_state\.json is damaged \(2 bytes; "),
+        ("training_state.json", lambda p: p.unlink(), r"training_state\.json is damaged \(the file is missing\)"),
+        ("training_state.json", no_step, r"training_state\.json is damaged \(ValueError\('step -1'\)\)"),
         ("checksums.json", lambda p: p.write_text("{"), r"checksums\.json is damaged \(JSONDecodeError"),
+        ("checksums.json", lambda p: p.write_text("[]"), r"checksums\.json is damaged \(AttributeError"),
+        ("checksums.json", lambda p: p.unlink(), r"checksums\.json is missing"),
+        ("checksums.json", lambda p: p.write_text("{}"), r"optimizer\.bin is not one of the files that were saved"),
+        ("custom_checkpoint_1.pkl", lambda p: p.touch(), r"_1\.pkl is not one of the files that were saved \("),
+        ("unet/adapter_model.safetensors", diverged, r"adapter_model\.safetensors holds NaN or infinite values"),
     ],
 )  # fmt: skip
 def test_a_damaged_checkpoint_is_never_resumed(tmp_path, accelerator, two_checkpoints, wanted, name, damaging, message):
@@ -456,6 +474,38 @@ def test_a_damaged_checkpoint_is_never_resumed(tmp_path, accelerator, two_checkp
     flip(tmp_path / "checkpoint-1" / "optimizer.bin")
     with pytest.raises(TrainingError, match=r"start anew with --overwrite_output_dir; no other is whole"):
         run.find("checkpoint-1")
+
+
+def test_what_is_no_part_of_a_checkpoint_is_left_alone(tmp_path, accelerator, two_checkpoints, capsys):
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    for name in ("checkpoint-2/notes.txt", "checkpoint-2/.DS_Store", "checkpoint-3/pytorch_lora_weights.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert checkpoint.Checkpoints(accelerator, tmp_path, {}).find("latest") == tmp_path / "checkpoint-2"
+    assert "note: checkpoint-3 in " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "message"),
+    [
+        ({}, "checkpoint-2/optimizer.bin", r"--resume_from_checkpoint {there}/checkpoint-1\)"),  # none of this folder's
+        ({"optimizer": "SGD"}, None, r"was trained with --optimizer AdamW; received --optimizer SGD"),
+    ],
+)
+def test_nothing_is_removed_for_a_checkpoint_that_cannot_be_resumed(
+    tmp_path, accelerator, two_checkpoints, settings, name, message
+):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        shutil.copytree(two_checkpoints, folder)
+    (there / "checkpoint-2" / checkpoint.STATE).write_text('{"step": 2, "settings": {"optimizer": "AdamW"}}')
+    checkpoint.write_checksums(there / "checkpoint-2")
+    if name:
+        flip(there / name)
+    run = checkpoint.Checkpoints(accelerator, here, {"optimizer": "adamw"} | settings, overwrite=True)
+    with pytest.raises(TrainingError, match=message.format(there=there)):
+        run.find(str(there / "checkpoint-2"))
+    assert [path.name for path in checkpoint.checkpoints(here)] == ["checkpoint-1", "checkpoint-2"]
 
 
 # -- interrupts ------------------------------------------------------------------------------------------------------

@@ -682,6 +682,7 @@ def test_checkpoints_that_were_set_aside(tmp_path, capsys):
         (tmp_path / name).mkdir()
         state = {"step": step, "settings": {"optimizer": "adamw", "processes": 1}}  # typed so by the user
         (tmp_path / name / checkpoint.STATE).write_text(json.dumps(state))
+        checkpoint.write_checksums(tmp_path / name)
 
     for name in ("checkpoint-20", "checkpoint-30", "abandoned-checkpoint-20", "abandoned-checkpoint-30"):
         put(name, int(name[-2:]))
@@ -700,7 +701,7 @@ def test_checkpoints_that_were_set_aside(tmp_path, capsys):
     )
     settings = {"lr_scheduler": "constant", "optimizer": "AdamW"}
     run = checkpoint.Checkpoints(accelerator, tmp_path, settings, overwrite=True)
-    assert run.resume("abandoned-checkpoint-20") == 20 and run.saved_step is None
+    assert run.resume(run.find("abandoned-checkpoint-20")) == 20 and run.saved_step is None
     assert "other settings" not in capsys.readouterr().out
     run.set_aside()
     found = sorted(p.name for p in tmp_path.glob("*checkpoint-*"))
@@ -708,7 +709,8 @@ def test_checkpoints_that_were_set_aside(tmp_path, capsys):
 
     (tmp_path / "checkpoint-40").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / checkpoint.STATE).write_text("{}")
-    assert checkpoint.Checkpoints(accelerator, tmp_path, settings, overwrite=True).find(None) is None
+    run = checkpoint.Checkpoints(accelerator, tmp_path, settings, overwrite=True)
+    assert run.resume(run.find(None)) == 0
     assert not list(tmp_path.glob("*checkpoint-*")) and not list(tmp_path.glob(".tmp-*"))
     assert all((tmp_path / name).read_text() == "precious" for name in precious)
 

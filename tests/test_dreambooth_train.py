@@ -274,6 +274,21 @@ def test_an_earlier_runs_results_do_not_stay_beside_new_weights(tiny_sd, picture
 
 
 @pytest.mark.parametrize(
+    ("name", "kind"),
+    [("checkpoint-2", "file"), ("unet", "file"), ("validation", "file"), ("README.md", "folder"),
+     ("training_summary.json", "folder")],
+)  # fmt: skip
+def test_names_that_are_taken_show_before_the_training(tiny_sd, pictures, tmp_path, name, kind):
+    path = tmp_path / name
+    path.touch() if kind == "file" else path.mkdir()
+    with pytest.raises(
+        TrainingError, match=rf"{path} is a {kind}, where the training writes a f.*: move it, or choose"
+    ):
+        train(tiny_sd, pictures, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
     ("file", "found"),
     [("model_index.json", r"model_index\.json"), ("unet/config.json", r"unet without adapter_config\.json")],
 )
@@ -436,6 +451,7 @@ def test_resuming_as_something_else_is_an_error(tiny_sd, pictures, tmp_path, one
         (["--snr_gamma", 5, "--max_grad_norm", 0.5], "(max_grad_norm: 1.0 -> 0.5, snr_gamma: None -> 5.0)"),
         (["--lr_scheduler", "cosine"], "(max_train_steps: 1 -> 2, lr_scheduler: 'constant' -> 'cosine')"),
         (["--num_class_images", 5], "(num_class_images: 100 -> 5)"),
+        (["--instance_prompt", "a SKS dog"], "(instance_prompt: 'a sks dog' -> 'a SKS dog')"),
     ],
 )
 def test_resuming_with_other_settings_is_said(tiny_sd, pictures, tmp_path, one_checkpoint, capsys, more, said):

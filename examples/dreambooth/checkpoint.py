@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from . import TrainingError, one_line, sharded
 from .files import TEMPORARY, remove, replace_folder
 
 STATE = "training_state.json"
 CHECKSUMS = "checksums.json"  # {file: [bytes, SHA-256]} of everything else in the checkpoint
+READ = (".bin", ".distcp", ".json", ".pkl", ".pt", ".safetensors")  # endings of what a resumed run may read
 ABANDONED = "abandoned-"  # a checkpoint that was newer than the one that a run went on from
 # what has no part in the weights; in everything else a resumed run must be the run that was stopped
 FREE = frozenset((
@@ -44,33 +46,43 @@ def is_write_error(error: BaseException) -> bool:
     )
 
 
-def checkpoints(output: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+def numbered(output: Path) -> list[Path]:
+    """What has the name of a checkpoint, oldest first."""
     found = [(int(m[1]), p) for p in output.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    return [path for _, path in sorted(found) if (path / STATE).is_file()]
+    return [path for _, path in sorted(found)]
+
+
+def was_saved(path: Path) -> bool:
+    """Whether it is a checkpoint, damaged since or not: one of these two may have gone."""
+    return (path / STATE).is_file() or (path / CHECKSUMS).is_file()
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Checkpoints that were whole when they were saved, oldest first."""
+    return [path for path in numbered(output) if was_saved(path)]
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """{"step", "settings"} of a checkpoint.
 
     Raises:
-        TrainingError: if its file is damaged.
+        ValueError, KeyError, TypeError: if its file is not as `Checkpoints.save` writes it, which `damage` tells.
     """
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        return {"step": int(state["step"]), "settings": dict(state["settings"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise TrainingError(
-            f"{path / STATE} is damaged ({error!r}): expected JSON with step and settings; resume from another "
-            "checkpoint."
-        ) from error
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    if type(state["step"]) is not int or state["step"] < 0:
+        raise ValueError(f"step {state['step']!r}")
+    return {"step": state["step"], "settings": dict(state["settings"])}
 
 
 def write_checksums(folder: Path) -> None:
-    found = {
-        path.relative_to(folder).as_posix(): checksum(path) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-    (folder / CHECKSUMS).write_text(json.dumps(found, indent=1), encoding="utf-8")
+    noted = json.dumps({name: checksum(folder / name) for name in files_of(folder)}, indent=1)
+    (folder / CHECKSUMS).write_text(noted, encoding="utf-8")
+
+
+def files_of(folder: Path) -> list[str]:
+    """All files in a checkpoint but the checksums."""
+    found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    return [name for name in found if name != CHECKSUMS]
 
 
 def checksum(path: Path) -> list:
@@ -86,23 +98,37 @@ def sha256(file: BinaryIO) -> str:
 
 
 def damage(folder: Path) -> str | None:
-    """What is not as it was saved, as a sentence; None if all is (or nothing was noted down, by an older version)."""
+    """Why nothing can be resumed from a checkpoint, as a sentence; None if all of it is as it was saved, and finite."""
     try:
         noted = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         expected = {name: (int(size), str(digest)) for name, (size, digest) in noted.items()}
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{folder / CHECKSUMS} is missing, by which the other files would be checked"
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"{folder / CHECKSUMS} is damaged ({error!r})"
-    for name, (size, digest) in expected.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{path} is damaged (the file is missing)"
-        found = checksum(path)
-        if found[0] != size:
-            return f"{path} is damaged ({found[0]:,} bytes; {size:,} were saved)"
-        if found[1] != digest:
-            return f"{path} is damaged (its content is not what was saved: the SHA-256 sums differ)"
+    path = folder
+    try:
+        for name, (size, digest) in expected.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{path} is damaged (the file is missing)"
+            found = checksum(path)
+            if found[0] != size:
+                return f"{path} is damaged ({found[0]:,} bytes; {size:,} were saved)"
+            if found[1] != digest:
+                return f"{path} is damaged (its content is not what was saved: the SHA-256 sums differ)"
+        for name in files_of(folder):
+            path = folder / name
+            if name not in expected and path.suffix in READ:
+                return f"{path} is not one of the files that were saved ({CHECKSUMS} does not have it)"
+            if path.name == "adapter_model.safetensors" and not all(
+                t.isfinite().all() for t in load_file(path).values()
+            ):
+                return f"{path} holds NaN or infinite values (the training had diverged)"
+        path = folder / STATE
+        read_state(folder)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        return f"{path} is damaged ({error!r})"
     return None
 
 
@@ -198,51 +224,64 @@ class Checkpoints:
         """The checkpoint to resume from; None: start anew.
 
         Raises:
-            TrainingError: if `wanted` is no checkpoint, or a damaged one, or if there are checkpoints that a new run
-                would mix with.
+            TrainingError: if `wanted` is no checkpoint, or a damaged one, or one of other settings, or if there are
+                checkpoints that a new run would mix with.
         """
         path = self.named(wanted)
         problem = damage(path) if path else None
-        if problem:
-            whole = [p for p in checkpoints(self.output) if p != path and not damage(p)]
-            advice = "choose another --output_dir, or start anew with --overwrite_output_dir; no other is whole"
+        if path and problem:
+            others = (p for p in reversed(checkpoints(path.parent)) if p.name != path.name)
+            whole = next((p for p in others if not damage(p)), None)
+            advice = (
+                "choose another --output_dir, or drop --resume_from_checkpoint and start anew with "
+                "--overwrite_output_dir; no other is whole"
+            )
             if whole:
-                advice = f"the newest whole one is taken by --resume_from_checkpoint {whole[-1].name}"
+                flag = f"--resume_from_checkpoint {whole.name if self.has(whole) else whole}"
+                advice = f"the newest whole one is taken by {flag}"
             raise TrainingError(f"{problem}: resume from another checkpoint ({advice}).")
+        if path:
+            self.compare(path, read_state(path)["settings"])
+        if not (path and self.has(path)) and (here := checkpoints(self.output)) and not self.overwrite:
+            raise TrainingError(
+                f"{self.output} has checkpoints of another run (newest: {here[-1].name}). Go on with it by "
+                "--resume_from_checkpoint latest, choose another --output_dir, or delete them by "
+                "--overwrite_output_dir."
+            )
         return path
+
+    def has(self, path: Path) -> bool:
+        """Whether it is of this run, by where it lies."""
+        return path.resolve().parent == self.output.resolve()
 
     def named(self, wanted: str | None) -> Path | None:
         """The checkpoint of that name, whether damaged or not."""
-        here = checkpoints(self.output)
         if wanted is None:
-            self.start_anew(here)
             return None
+        here = checkpoints(self.output)
         if wanted == "latest":
+            if others := [p.name for p in numbered(self.output) if p not in here]:
+                self.accelerator.print(
+                    f"note: {', '.join(others)} in {self.output}: passed over, no checkpoint (neither {STATE} nor "
+                    f"{CHECKSUMS} in it)."
+                )
             if not here:
                 self.accelerator.print(f"No checkpoint in {self.output}: starting from the beginning.")
                 return None
             return here[-1]
         for path in (Path(wanted), self.output / Path(wanted).name):
-            if (path / STATE).is_file():
-                if path.resolve().parent != self.output.resolve():
-                    self.start_anew(here)
+            if was_saved(path):
                 return path
         names = ", ".join(p.name for p in here) or "none"
         raise TrainingError(
             f"--resume_from_checkpoint {wanted}: not a whole checkpoint (no {STATE} in it). In {self.output}: {names}."
         )
 
-    def start_anew(self, here: list[Path]) -> None:
+    def start_anew(self) -> None:
         """Without the checkpoints of another run, which --overwrite_output_dir removes."""
-        if here and not self.overwrite:
-            raise TrainingError(
-                f"{self.output} has checkpoints of another run (newest: {here[-1].name}). Go on with it by "
-                "--resume_from_checkpoint latest, choose another --output_dir, or delete them by "
-                "--overwrite_output_dir."
-            )
         self.accelerator.wait_for_everyone()  # every process has looked
-        if self.accelerator.is_main_process:
-            for old in (*here, *(self.set_aside_before() if self.overwrite else ())):
+        if self.overwrite and self.accelerator.is_main_process:
+            for old in (*checkpoints(self.output), *self.set_aside_before()):
                 remove(old)
 
     def set_aside_before(self) -> list[Path]:
@@ -251,17 +290,16 @@ class Checkpoints:
         found = sorted(self.output.glob(f"{ABANDONED}*"))
         return [path for path in found if name.fullmatch(path.name) and (path / STATE).is_file()]
 
-    def resume(self, wanted: str | None) -> int:
-        """Restore a checkpoint; returns the number of updates done so far.
+    def resume(self, path: Path | None) -> int:
+        """Restore the checkpoint that `find` gave; returns the number of updates done so far.
 
         Raises:
-            TrainingError: if it is damaged, or is of an adapter or an optimizer that the flags do not describe.
+            TrainingError: if it is of an adapter or an optimizer that the flags do not describe.
         """
-        path = self.find(wanted)
         if path is None:
+            self.start_anew()
             return 0
         state = read_state(path)
-        self.compare(path, state["settings"])
         try:
             with sharded.without_the_base(self.accelerator, saving=False) as more:
                 self.accelerator.load_state(str(path), **more)
@@ -279,7 +317,9 @@ class Checkpoints:
                 "or from another checkpoint if a file of this one is damaged."
             ) from error
         self.accelerator.print(f"Resumed from {path}, after {state['step']} updates.")
-        if path.resolve().parent == self.output.resolve():
+        if not self.has(path):
+            self.start_anew()
+        else:
             # one that was set aside is a branch of its own: a checkpoint of the same step is not it
             its_own = path.name == f"checkpoint-{state['step']}"
             self.saved_step = state["step"] if its_own else None
@@ -300,9 +340,12 @@ class Checkpoints:
             TrainingError: if one of them makes another thing of the saved weights or of the optimizer's state.
         """
         now = self.fingerprint()
-        free = FREE | (set(LENGTH) if self.settings["lr_scheduler"] in ENDLESS else set())
-        # names of optimizers may be in any case
-        changed = {k: v for k, v in before.items() if k not in free and str(now.get(k)).lower() != str(v).lower()}
+        free = FREE | (set(LENGTH) if self.settings.get("lr_scheduler") in ENDLESS else set())
+
+        def text(name: str, value: Any) -> str:
+            return str(value).lower() if name == "optimizer" else str(value)  # whose names may be in any case
+
+        changed = {k: v for k, v in before.items() if k not in free and text(k, now.get(k)) != text(k, v)}
         fixed = [k for k in FIXED if k in changed]
         if fixed:
             raise TrainingError(
