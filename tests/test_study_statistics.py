@@ -144,6 +144,24 @@ def test_runs_that_diverged_count_as_zeros_and_are_left_out_of_what_they_have_no
     assert plots.write(found, tmp_path)
 
 
+@pytest.mark.parametrize("diverged", [("lora r=4",), (KRONA,), tuple(plan.METHODS)])
+def test_methods_of_which_every_run_diverged(tmp_path, diverged):
+    runs = {name: plan.planned(name) for name in plan.EXPERIMENTS}
+    records = {}
+    for run in (run for some in runs.values() for run in some if run.seed == 0):
+        r = record(run, 0.5)
+        if run.method.startswith(diverged):
+            r = {k: v for k, v in r.items() if k not in (*summary.MEASURES, *summary.COSTS, "parameters")}
+            r |= dict.fromkeys(summary.SHARES, 0.0) | {"seconds_run": 1.0, "diverged": True}
+        records[r["key"]] = r
+    rates, sources = rules.best_rates(records, "base")
+    report.write(runs, records, "base", {"base": "base", "rates": rates, "sources": sources}, tmp_path)
+    found = json.loads((tmp_path / "study.json").read_text())
+    assert set(found["stability"].get("best", ())) == set(plan.METHODS) - set(diverged)
+    assert {r["method"] for r in found["stability"]["rows"] if r["diverged"]} == set(diverged)
+    assert "NaN" not in (tmp_path / "study.json").read_text()
+
+
 def test_verdicts():
     claim = claims.Claim("c", "s", "x", "m", -0.1, 0.1)
 
@@ -178,6 +196,11 @@ def test_page_is_filled_whole_or_not_at_all(tmp_path):
     page = docs.with_suffix(".md")
     with pytest.raises(ValueError, match=r"evidence\.md does not exist"):
         report.write(runs, {}, "base", {}, tmp_path / "out", docs)
+    whole = "".join(f"<!-- study: {name} -->\n<!-- end -->\n" for name in names)
+    for more in ("<!-- end -->\n", "<!-- study: not-one -->\n<!-- end -->\n", "<!-- study: state -->\n"):
+        page.write_text(whole + more)
+        with pytest.raises(ValueError, match=r"of 1[45] marks and 1[45] ends; expected each of .* once"):
+            report.write(runs, {}, "base", {}, tmp_path / "out", docs)
     page.write_text("".join(f"text\n<!-- study: {name} -->\nold\n<!-- end -->\n" for name in list(names)[1:]))
     with pytest.raises(ValueError, match=r"has the sections .*expected each of .*state.* once"):
         report.write(runs, {}, "base", {}, tmp_path / "out", docs)

@@ -12,7 +12,7 @@ class TrainingError(Exception):
 
 
 class DivergedError(TrainingError):
-    """The loss is no number any more."""
+    """The loss, the weights or an image has values that are not finite."""
 
 
 def one_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from diffusers.utils import make_image_grid
 from packaging.version import Version
 from PIL import Image, ImageDraw, ImageFont
 
-from . import TrainingError, one_line
+from . import DivergedError, TrainingError, one_line
 from .families import family_of
 from .files import TEMPORARY, remove, replace_folder
 from .quantized import is_quantized
@@ -179,7 +179,7 @@ def sample(
     """One image per pair of prompt and seed. Each has its own generator, so batches change nothing but rounding.
 
     Raises:
-        TrainingError: if an image is not finite; with `say` that is only said, and the image is None.
+        DivergedError: if an image is not finite; with `say` that is only said, and the image is None.
     """
     images: list[Image.Image | None] = []
     for start in range(0, len(prompts), batch):
@@ -199,7 +199,7 @@ def sample(
             f"{seeds[first]} for {prompts[first]!r}, and would be black: not saved. Instead of fp16, try bf16 or fp32."
         )
         if say is None:
-            raise TrainingError(message)
+            raise DivergedError(message)
         say(f"warning: {message}")
     return images
 

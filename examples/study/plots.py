@@ -67,7 +67,7 @@ def parameters(summary: Mapping[str, Any], path: Path) -> Path:
     counts = {r["method"]: r["parameters"] for r in summary["parameters"]["rows"]}
     named = set()
     for method, value in summary["parameters"]["means"].items():
-        if value["both_right"] is None:
+        if value["both_right"] is None or counts[method] is None:  # the latter: every run diverged
             continue
         family = method.split()[0]
         label = None if family in named else family

@@ -59,10 +59,11 @@ def filled(path: Path, sections: Mapping[str, str]) -> str:
         raise ValueError(f"{path} does not exist: --docs FOLDER fills the marked sections of the page FOLDER.md")
     text = path.read_text(encoding="utf-8")
     names = [found["name"] for found in MARKED.finditer(text)]
-    if sorted(names) != sorted(sections):
+    marks, ends = text.count("<!-- study"), text.count("<!-- end")
+    if sorted(names) != sorted(sections) or not len(names) == marks == ends:
         raise ValueError(
-            f"{path} has the sections {', '.join(sorted(names)) or 'none'}; expected each of "
-            f"{', '.join(sorted(sections))} once, as <!-- study: NAME --> and <!-- end --> on lines of their own"
+            f"{path} has the sections {', '.join(sorted(names)) or 'none'}, of {marks} marks and {ends} ends; expected "
+            f"each of {', '.join(sorted(sections))} once, as <!-- study: NAME --> and <!-- end --> on their own lines"
         )
     return MARKED.sub(lambda found: f"{found[1]}\n{sections[found['name']]}\n\n{found[3]}", text)
 

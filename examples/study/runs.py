@@ -33,10 +33,10 @@ from examples.measure.encoder import Encoder
 from examples.measure.pictures import drift
 
 from .plan import TRAINING, Run, Sizes
+from .summary import SHARES
 
 GUIDANCE = 4.0
 SIZE = (64, 64)
-SHARES = ("subject_right", "background_right", "both_right", "long_right")
 TIMED = 2  # of these the quickest counts
 # of {thing} and {colour}; the long ones use words that the pipeline was trained on, all that a caption can have
 LONG = (
@@ -221,7 +221,8 @@ def execute(run: Run, folder: Path, pipeline: Path = demo.PIPELINE) -> dict[str,
         drift: mean feature distance of the unrelated prompts' pictures from the base model's
         update_norm, parameters, file_bytes, seconds_training (CPU, with what is done before the first step),
         those of `Costs` and seconds_base, seconds_run (CPU, of all this), versions
-    A training that ends in no numbers draws no right picture: its shares are 0, and what was not measured is missing.
+    A training that ends in no numbers, or in weights that draw none, draws no right picture: its shares are 0, and what
+    was not measured is missing.
     """
     begun = time.process_time()
     flags = [
@@ -235,12 +236,15 @@ def execute(run: Run, folder: Path, pipeline: Path = demo.PIPELINE) -> dict[str,
     own = {k: v for k, v in asdict(run).items() if k not in ("sizes", "method")} | asdict(run.sizes)
     own |= {"key": run.key(fingerprint(pipeline)), "base": fingerprint(pipeline), "versions": versions()}
 
+    def zero() -> dict[str, Any]:
+        shares = dict.fromkeys(SHARES, 0.0)
+        return own | {"diverged": True} | shares | {"seconds_run": round(time.process_time() - begun, 2)}
+
     try:
         with plain_attention():
             summary = dreambooth_kron.main(args)
     except DivergedError:
-        zero = dict.fromkeys(SHARES, 0.0)
-        return own | {"diverged": True} | zero | {"seconds_run": round(time.process_time() - begun, 2)}
+        return zero()
     seconds = time.process_time() - begun
     if summary["interrupted"]:
         raise KeyboardInterrupt
@@ -259,7 +263,10 @@ def execute(run: Run, folder: Path, pipeline: Path = demo.PIPELINE) -> dict[str,
     costs = Costs(pipe.unet, sizes.batch)
     seconds_base = quickest(costs.forward)
     adapters.load(pipe, folder / "adapter")
-    drawn = draw(pipe, prompts + unrelated, seeds + [9000 + i for i in range(len(unrelated))], sizes)
+    try:
+        drawn = draw(pipe, prompts + unrelated, seeds + [9000 + i for i in range(len(unrelated))], sizes)
+    except DivergedError:
+        return zero()
     pictures, others = drawn[: len(prompts)], drawn[len(prompts) :]
 
     named = [judge.names[i] == concept for i in judge.concept_scores(pictures).argmax(1).tolist()]

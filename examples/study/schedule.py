@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -19,6 +20,26 @@ PAUSE = 2.0  # seconds, where all that is left waits for other processes
 Candidate = tuple[str, plan.Run]  # experiment and run
 
 
+def read_rates(path: Path) -> dict[str, Any]:
+    """What `frozen_rates` wrote.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for method in plan.METHODS:
+            if not 0 < found["rates"][method] < math.inf:
+                raise ValueError(f"{method}: {found['rates'][method]!r}")
+            found["sources"][method], found["base"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): expected the rate of each method and where it is from. Put it back, from "
+            '"tuned" in study.json, or remove it, and the rates are chosen from the records once more'
+        ) from error
+    return found
+
+
 def frozen_rates(results: Results, base: str, freeze: bool) -> dict[str, Any]:
     """{"base", "rates", "sources"}: the rate of each method for the experiments that have one.
 
@@ -27,7 +48,7 @@ def frozen_rates(results: Results, base: str, freeze: bool) -> dict[str, Any]:
     path = results.path.with_name("rates.json")
     with results.lock:
         if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_rates(path)
             if found["base"] == base:
                 return found
         rates, sources = rules.best_rates(results.records, base)
@@ -93,13 +114,13 @@ def work(
     minutes: float | None = None,
 ) -> None:
     """Do runs of `todo`, which is asked again after each, until there are none or the time is over."""
-    end = time.time() + 60 * minutes if minutes else None
+    end = time.time() + 60 * minutes if minutes is not None else None
     folder = results.path.with_name(f"training-{os.getpid()}")
     try:
         while True:
             waiting, ran = False, False
             for found in todo():
-                if end and time.time() >= end:
+                if end is not None and time.time() >= end:
                     print("Out of time; the same command goes on.")
                     return
                 if found is None:

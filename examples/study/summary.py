@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from .statistics import (
     widths,
 )
 
+SHARES = ("subject_right", "background_right", "both_right", "long_right")  # from 0 to 1
 MEASURES = (
     "both_right", "subject_right", "background_right", "similarity", "own_similarity", "alignment", "long_right",
     "drift", "update_norm",
@@ -40,6 +42,19 @@ OWN = "krona 64,4"  # what the others are compared with
 KINDS = {"factors": "", "parameters": "", "layers": ", all layers", "one_image": ", 1 image"}
 ENOUGH = {"subject_right": 0.8, "background_right": 0.9}  # what a subject has to reach with the demo's settings
 Records = Mapping[str, dict[str, Any]]
+
+
+def problem(record: Mapping[str, Any]) -> str | None:
+    """Which field makes a record one that cannot be counted; None if none does."""
+    said = str(record.get("key")).split("; ")
+    for name in ("learning_rate", "seed", "subject"):
+        if f"{name}={record.get(name)}" not in said:
+            return f"{name}: {record.get(name)!r} is not that of its key"
+    for name in (*SHARES, "seconds_run") if record.get("diverged") else (*MEASURES, *COSTS, "parameters"):
+        value = record.get(name)
+        if type(value) not in (int, float) or not isfinite(value) or (name in SHARES and not 0 <= value <= 1):
+            return f"{name}: {value!r}"
+    return None if isinstance(record.get("versions"), dict) else f"versions: {record.get('versions')!r}"
 
 
 def plain(found: Interval) -> dict[str, Any]:
@@ -157,7 +172,9 @@ def stability(by_cell: Mapping[Cell, list[dict[str, Any]]], dropped: Mapping[str
     kept = {cell: own for cell, own in by_cell.items() if cell[1] not in dropped.get(cell[0], ())}
     ran = {m: len({s for s, _ in balanced({c: own for c, own in kept.items() if c[0] == m})}) for m, _ in kept}
     # a method that has run on few subjects is left out: else these few would be all that any method is judged by
-    methods = [m for m, subjects in ran.items() if 2 * subjects > max(ran.values())]
+    # one of which every run diverged has no curve: its zeros are in the rows
+    drew = {cell[0] for cell, own in kept.items() if mean_norm(own) is not None}
+    methods = [m for m, subjects in ran.items() if 2 * subjects > max(ran.values()) and m in drew]
     kept = {cell: own for cell, own in kept.items() if cell[0] in methods}
     pairs = balanced(kept)
     subjects = {s for s, _ in pairs}
