@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,6 +144,16 @@ def lora(sd, tmp_path_factory):
         (["--pretrained_model_name_or_path", "{tmp}/none"], "none does not exist: expected the folder of a diffusers"),
         (["--adapter", "{adapter}", "--refiner", "{sd}"], "--refiner is for SDXL"),
         (["--adapter", "{lora}", "--merged", "--compare"], "--merged is for KronA; --adapter {lora} is of type LORA."),
+        (["--adapter", "{adapter}", "--height", "100000"], "--height 100000: expected at most 512, for a StableDiff"),
+        (["--adapter", "{adapter}", "--width", "520"], "--width 520: expected at most 512, for a StableDiffusionPip"),
+        (
+            ["--adapter", "{adapter}", "--height", "512", "--width", "136"],
+            "--height 512 --width 136: expected at most 65,536 pixels, as 256 x 256, for a StableDiffusionPipe",
+        ),
+        (
+            ["--adapter", "{adapter}", "--num_inference_steps", "1001"],
+            "--num_inference_steps 1001: expected at most 1000",
+        ),
         (["--adapter", "{adapter}", "--output_dir", "{tmp}/file"], "--output_dir {tmp}/file: expected a folder to"),
         (["--adapter", "{adapter}", "--output_dir", "{tmp}/file/x"], "--output_dir {tmp}/file/x: expected a folder to"),
     ],
@@ -160,6 +171,27 @@ def test_mistakes(sd, sdxl, lora, tmp_path, monkeypatch, capsys, args, message):
     *_, last = capsys.readouterr().err.splitlines()  # before it, progress bars of loading
     assert last.startswith("error: ") and message.format(**names) in last
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_sizes_that_people_draw():
+    """Eight times the side of what the pipeline was made for; panoramas."""
+    pipe = SimpleNamespace(scheduler=diffusers.DDIMScheduler())
+    for usual, height, width in ((512, 4096, 4096), (512, 512, 8192), (1024, 4096, 4096), (1024, 8192, 8192)):
+        generate.check_work(pipe, usual, height, width, 1000)
+
+
+@pytest.mark.parametrize("error", [MemoryError("9 TiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9")])
+def test_too_little_memory_is_told_in_one_line(monkeypatch, capsys, error):
+    def main(args):
+        raise error
+
+    monkeypatch.setattr(generate, "main", main)
+    assert generate.run(["--prompt", "x"]) == 2
+    assert "9" in (said := capsys.readouterr().err) and said.startswith("error: not enough memory (")
+    assert "try a smaller --height and --width, --batch_size 1" in said
+    error = RuntimeError("a fault of ours")
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        generate.run(["--prompt", "x"])
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def folder(text: str) -> Path:
 def minutes(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, received {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, received {text!r}")
     return value
 
 
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         tuned = schedule.frozen_rates(results, base, freeze=False)
         runs = plan.quick() if args.quick else {name: plan.planned(name, tuned["rates"]) for name in plan.EXPERIMENTS}
         print(report.write(runs, results.records, base, tuned, output, args.docs))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

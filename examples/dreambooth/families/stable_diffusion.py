@@ -29,7 +29,7 @@ class StableDiffusion(Family):
         return list(ATTENTION)
 
     def resolution(self) -> int:
-        size = self.pipe.unet.config.sample_size
+        size = self.pipe.unet.config.sample_size or 64  # which is what diffusers takes then
         return (size if isinstance(size, int) else size[0]) * self.vae_scale()
 
     def multiple(self) -> int:
