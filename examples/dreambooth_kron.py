@@ -60,6 +60,7 @@ from examples.dreambooth import (
     init_adapter,
     memory,
     objective,
+    one_line,
     optim,
     quantized,
     sharded,
@@ -144,6 +145,9 @@ def main(args: Any) -> dict[str, Any]:
             precondition=family.precondition if args.precondition_outputs is None else bool(args.precondition_outputs),
         )  # fmt: skip
     resolution = args.resolution or family.resolution()
+    evaluate.check_area(pipe, family.resolution(), {"--resolution": resolution})
+    if args.validation_prompt:
+        evaluate.check_steps(pipe, "--validation_inference_steps", args.validation_inference_steps)
     buckets = data.choose_buckets(args.aspect_ratio_buckets, resolution, family.multiple())
 
     # -- data ----------------------------------------------------------------------------------------------------------
@@ -557,6 +561,15 @@ def run(argv: list[str]) -> int:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             print(f"error: {error}: free some disk space. What was saved before is whole.", file=sys.stderr)
+            return 2
+        except (MemoryError, RuntimeError) as error:
+            if not memory.is_too_little(error):
+                raise
+            print(
+                f"error: not enough memory ({one_line(error)[:200]}): try --gradient_checkpointing, --train_batch_size "
+                "1 or --mixed_precision bf16, or see memory in examples/README.md. What was saved before is whole.",
+                file=sys.stderr,
+            )
             return 2
         except KeyboardInterrupt:
             return interrupts.ended()

@@ -31,20 +31,27 @@ if __name__ == "__main__":
 
 import diffusers
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 
-from examples.dreambooth import TrainingError, adapters, families, one_line
+from examples.dreambooth import TrainingError, adapters, families, memory, one_line
 from examples.dreambooth.arguments import positive_int
-from examples.dreambooth.evaluate import exact_decoding, for_sampling, load_pipeline, only_variant
+from examples.dreambooth.evaluate import (
+    AREAS,
+    SIDES,
+    check_area,
+    check_steps,
+    exact_decoding,
+    for_sampling,
+    load_pipeline,
+    only_variant,
+)
 from examples.dreambooth.files import aside
 from examples.dreambooth.prompts import say_cut
 from peft_krona import merged
 from peft_krona.convert import read_adapter
 from peft_krona.errors import KronAError
 
-SIDES, AREAS = 16, 64  # times the pipeline's own: more is a slip, and would never end
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -127,7 +134,8 @@ def main(args: argparse.Namespace) -> list[Path]:
     pipe = load_pipeline(base, dtype, variant=args.variant, revision=args.revision)
     check_size(pipe, args.height, args.width)
     family = families.of(pipe)
-    check_work(pipe, family.resolution(), args.height, args.width, args.num_inference_steps)
+    check_area(pipe, family.resolution(), {"--height": args.height, "--width": args.width})
+    check_steps(pipe, "--num_inference_steps", args.num_inference_steps)
     if args.negative_prompt is not None and not family.negative:
         raise TrainingError(f"--negative_prompt: {family.title} has no use for one; leave it out.")
     say_cut(family.windows(), [*args.prompt, *filter(None, [args.negative_prompt])], print)
@@ -258,30 +266,6 @@ def check_size(pipe: Any, height: int | None, width: int | None) -> None:
             )
 
 
-def check_work(pipe: Any, usual: int, height: int | None, width: int | None, steps: int) -> None:
-    """That it ends: the time grows with the square of the area, and no pipeline draws well far from its usual side.
-
-    `usual`: that side, in pixels. A pipeline of 512 may be asked for 4096 x 4096, one of 1024 for 8192 x 8192.
-
-    Raises:
-        TrainingError: names the largest size or number of steps.
-    """
-    made_for = f"a {type(pipe).__name__} made for {usual} x {usual}"
-    for flag, value in (("height", height), ("width", width)):
-        if value is not None and value > SIDES * usual:
-            raise TrainingError(f"--{flag} {value}: expected at most {SIDES * usual}, for {made_for}.")
-    height, width = height or usual, width or usual
-    if height * width > AREAS * usual**2:
-        side = math.isqrt(AREAS) * usual
-        raise TrainingError(
-            f"--height {height} --width {width}: expected at most {AREAS * usual**2:,} pixels, as {side} x {side}, for "
-            f"{made_for}."
-        )
-    most = pipe.scheduler.config.num_train_timesteps
-    if steps > most:
-        raise TrainingError(f"--num_inference_steps {steps}: expected at most {most}, all time steps that there are.")
-
-
 def load_refiner(args: argparse.Namespace, pipe: Any, dtype: torch.dtype) -> Any:
     if not args.refiner:
         return None
@@ -364,7 +348,7 @@ def run(argv: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except (MemoryError, RuntimeError) as error:
-            if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            if not memory.is_too_little(error):
                 raise
             print(
                 f"error: not enough memory ({one_line(error)[:200]}): try a smaller --height and --width, --batch_size "

@@ -606,6 +606,15 @@ def test_ctrl_c_saves_and_resumes(tiny_sd, pictures, tmp_path, capsys, monkeypat
         ),
         (["--krona_a_out", "7", "--strict_factors"], r"a_out=7 does not divide"),
         (["--target_modules", "nothing"], r"adapter does not fit the unet"),
+        (
+            ["--resolution", "288"],
+            r"--resolution 288: expected at most 65,536 pixels, as 256 x 256, for a StableDiffusion",
+        ),
+        (["--resolution", "100000"], r"--resolution 100000: expected at most 512, for a StableDiffusionPipeline made"),
+        (
+            ["--validation_prompt", "x", "--validation_inference_steps", "1001"],
+            r"--validation_inference_steps 1001: expected at most 1000, all time steps",
+        ),
         (["--resolution", "30"], r"Image size 30x30: this pipeline needs both sides to be multiples of 4"),
         (["--optimizer", "Nope"], r"'Nope' is unknown; expected AdamW"),
         (["--optimizer_args", "momentum=1"], r"does not take"),

@@ -20,7 +20,7 @@ import dreambooth_pipelines as tiny
 from peft import LoraConfig
 from PIL import Image
 
-from examples import generate
+from examples import dreambooth_kron, generate
 from peft_krona import KronAConfig
 from peft_krona.convert import BASES, export, read_adapter
 from peft_krona.pipelines import add_krona, save_krona_weights
@@ -177,7 +177,8 @@ def test_sizes_that_people_draw():
     """Eight times the side of what the pipeline was made for; panoramas."""
     pipe = SimpleNamespace(scheduler=diffusers.DDIMScheduler())
     for usual, height, width in ((512, 4096, 4096), (512, 512, 8192), (1024, 4096, 4096), (1024, 8192, 8192)):
-        generate.check_work(pipe, usual, height, width, 1000)
+        generate.check_area(pipe, usual, {"--height": height, "--width": width})
+    generate.check_steps(pipe, "--num_inference_steps", 1000)
 
 
 @pytest.mark.parametrize("error", [MemoryError("9 TiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9")])
@@ -185,6 +186,10 @@ def test_too_little_memory_is_told_in_one_line(monkeypatch, capsys, error):
     def main(args):
         raise error
 
+    monkeypatch.setattr(dreambooth_kron, "main", main)
+    assert dreambooth_kron.run(["--demo", "dog"]) == 2
+    assert "9" in (said := capsys.readouterr().err) and "error: not enough memory (" in said
+    assert "try --gradient_checkpointing, --train_batch_size 1" in said
     monkeypatch.setattr(generate, "main", main)
     assert generate.run(["--prompt", "x"]) == 2
     assert "9" in (said := capsys.readouterr().err) and said.startswith("error: not enough memory (")

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .families import family_of
 from .files import TEMPORARY, remove, replace_folder
 from .quantized import is_quantized
 
+SIDES, AREAS = 16, 64  # times the pipeline's own: more is a slip
 # the argument's name in from_pretrained
 DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
@@ -141,6 +143,36 @@ def for_sampling(pipe: Any) -> Iterator[Any]:
     finally:
         for module, was in zip(modules, training, strict=True):
             module.train(was)
+
+
+def check_area(pipe: Any, usual: int, sides: Mapping[str, int | None]) -> None:
+    """That drawing ends: its time grows with the square of the area, and no pipeline draws well far from its own size.
+
+    Args:
+        usual: the pipeline's side, in pixels: of 512 it may be asked for 4096 x 4096, of 1024 for 8192 x 8192.
+        sides: {flag: pixels}; one is that of a square, and None is `usual`.
+
+    Raises:
+        TrainingError: names the flag and the largest size.
+    """
+    made_for = f"a {type(pipe).__name__} made for {usual} x {usual}"
+    for flag, value in sides.items():
+        if value is not None and value > SIDES * usual:
+            raise TrainingError(f"{flag} {value}: expected at most {SIDES * usual}, for {made_for}.")
+    found = [value or usual for value in sides.values()]
+    if found[0] * found[-1] > AREAS * usual**2:
+        said = " ".join(f"{flag} {value}" for flag, value in zip(sides, found, strict=True))
+        side = math.isqrt(AREAS) * usual
+        raise TrainingError(
+            f"{said}: expected at most {AREAS * usual**2:,} pixels, as {side} x {side}, for {made_for}."
+        )
+
+
+def check_steps(pipe: Any, flag: str, steps: int) -> None:
+    """Raises TrainingError if there are fewer time steps."""
+    most = pipe.scheduler.config.num_train_timesteps
+    if steps > most:
+        raise TrainingError(f"{flag} {steps}: expected at most {most}, all time steps that there are.")
 
 
 @contextlib.contextmanager

@@ -8,12 +8,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 MIB = 2**20
 SMALL = 4096  # bitsandbytes keeps the state of smaller tensors in 32 bits
 # bytes of state per trained number, by the optimizer's class; what is not here is not counted
 STATES = {"AdamW": 8, "Adam": 8, "Prodigy": 16, "AdamWScheduleFree": 8, "SGD": 0, "RMSprop": 4, "Adagrad": 4}
+
+
+def is_too_little(error: BaseException) -> bool:
+    """Whether it says that memory could not be had, of a GPU or of the host."""
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
 
 
 def estimate(
