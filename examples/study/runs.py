@@ -24,7 +24,7 @@ from torch import Tensor
 
 from examples import dreambooth_kron
 from examples.dreambooth import DivergedError, adapters, demo, evaluate
-from examples.dreambooth.arguments import parse_args
+from examples.dreambooth.arguments import USUAL_DECAY, parse_args
 from examples.dreambooth.images import image_files, open_image
 from examples.emoji_sd.export import concepts
 from examples.emoji_sd.judge import Judge, background_colour
@@ -226,7 +226,8 @@ def execute(run: Run, folder: Path, pipeline: Path = demo.PIPELINE) -> dict[str,
     """
     begun = time.process_time()
     flags = [
-        "--demo", run.subject, "--output_dir", str(folder / "adapter"), "--seed", str(run.seed), *TRAINING, *run.flags,
+        "--demo", run.subject, "--output_dir", str(folder / "adapter"), "--seed", str(run.seed),
+        "--adam_weight_decay", str(USUAL_DECAY), *TRAINING, *run.flags,  # the demo's own decay is for `default` alone
         "--learning_rate", str(run.learning_rate), "--max_train_steps", str(run.sizes.steps),
         "--train_batch_size", str(run.sizes.batch), "--checkpointing_steps", "1000000", "--export", "none",
         "--report_to", "none", "--pretrained_model_name_or_path", str(pipeline),
