@@ -699,8 +699,10 @@ def test_the_demo_trains_lora_just_as_long():
     args = parse_args(["--demo", "dog", "--seed", "3", "--learning_rate", "1e-3"], demo.settings)
     other = compared(args, demo.LEARNING_RATES)
     changed = {name for name, value in vars(args).items() if getattr(other, name) != value}
-    assert changed <= {"adapter_type", "rank", "alpha", "export", "output_dir", "learning_rate", "text_encoder_lr"}
+    rates = {"learning_rate", "text_encoder_lr", "adam_weight_decay", "adam_weight_decay_text_encoder"}
+    assert changed <= {"adapter_type", "rank", "alpha", "export", "output_dir"} | rates
     assert other.learning_rate == pytest.approx(1e-3 * demo.LEARNING_RATES["lora"] / demo.LEARNING_RATES["krona"])
+    assert other.learning_rate * other.adam_weight_decay == pytest.approx(args.learning_rate * args.adam_weight_decay)
     assert other.output_dir == "output/demo-dog-lora" and adapter_name(other) == "LoRA r=4"
     for flags in (["--compare_with", "none"], ["--adapter_type", "lora"], ["--adapter_type", "lokr"]):
         assert compared(parse_args(["--demo", "dog", *flags], demo.settings), demo.LEARNING_RATES) is None

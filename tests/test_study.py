@@ -40,7 +40,7 @@ def test_plan(monkeypatch):
     assert {*plan.CHOOSING, *plan.REPORTED} == set(demo.subjects())
     assert plan.ATTENTION + plan.FEED_FORWARD + plan.CONVOLUTIONS == plan.TRAINING[1 : 1 + len(demo.TARGETS)]
     assert {*plan.ATTENTION, *plan.FEED_FORWARD, *plan.CONVOLUTIONS} == set(demo.TARGETS)
-    assert demo.LEARNING_RATES["krona"] == plan.DEMO_RATE and demo.WEIGHT_DECAY == plan.DEMO_DECAY
+    assert demo.LEARNING_RATES["krona"] == plan.DEMO_RATE and demo.WEIGHT_DECAYS["krona"] == plan.DEMO_DECAY
     assert demo.settings("dog")["max_train_steps"] == plan.DEMO.steps
     for method in plan.METHODS:
         rates = plan.rates_of(method)

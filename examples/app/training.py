@@ -76,7 +76,8 @@ class Settings:
         if self.kind == "krona":
             flags |= {"krona_a_out": self.a_out, "krona_a_in": self.a_in}
         if is_shipped(self.pipeline):  # small pictures: many at once
-            flags |= {"train_batch_size": 8, "repeats": 8}
+            decay = demo.WEIGHT_DECAYS.get(self.kind, demo.WEIGHT_DECAYS["krona"])
+            flags |= {"train_batch_size": 8, "repeats": 8, "adam_weight_decay": decay}
         if self.previews:
             flags |= {"validation_prompt": self.prompt, "validation_steps": self.previews, "num_validation_images": 2}
         if resume:

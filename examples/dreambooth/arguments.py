@@ -563,7 +563,8 @@ def complete(args: argparse.Namespace) -> None:
 def compared(args: argparse.Namespace, rates: Mapping[str, float]) -> argparse.Namespace | None:
     """What --demo trains beside KronA: all the same with LoRA, in a folder beside; None if nothing is to be compared.
 
-    `rates`: the demo's learning rates; LoRA's are in their proportion, whatever the flags say.
+    `rates`: the demo's learning rates; LoRA's are in their proportion, whatever the flags say, and an update takes as
+    large a part of its weights away: AdamW takes the rate times the decay.
     """
     if not args.demo or args.adapter_type != "krona" or args.init_adapter or args.compare_with == "none":
         return None
@@ -573,6 +574,8 @@ def compared(args: argparse.Namespace, rates: Mapping[str, float]) -> argparse.N
     for name in ("learning_rate", "text_encoder_lr", "learning_rate_a", "learning_rate_b"):
         if getattr(args, name) is not None:
             setattr(other, name, getattr(args, name) * rates["lora"] / rates["krona"])
+    for name in ("adam_weight_decay", "adam_weight_decay_text_encoder"):
+        setattr(other, name, getattr(args, name) * rates["krona"] / rates["lora"])
     if args.resume_from_checkpoint != "latest":
         other.resume_from_checkpoint = None  # a checkpoint of the other training
     return other

@@ -29,7 +29,9 @@ TARGETS = (
 )  # fmt: skip
 # Chosen on some of the subjects, see examples/README.md.
 LEARNING_RATES = {"krona": 7e-3, "lora": 1.5e-3}
-WEIGHT_DECAY = 1.0  # a hundred times the usual: with that, backgrounds take the colours of the pictures learned from
+# A hundred times the usual, with which backgrounds take on the subject's colours; LoRA's is such that an update, which
+# takes away rate times decay of the weights, takes as much.
+WEIGHT_DECAYS = {kind: LEARNING_RATES["krona"] / rate for kind, rate in LEARNING_RATES.items()}
 BASE = "base model"
 
 
@@ -55,7 +57,7 @@ def settings(subject: str) -> dict[str, Any]:
         "overwrite_output_dir": True,
         "target_modules": list(TARGETS),
         "learning_rate": LEARNING_RATES["krona"],  # the shipped model is small: its layers are 64 to 192 wide
-        "adam_weight_decay": WEIGHT_DECAY,
+        "adam_weight_decay": WEIGHT_DECAYS["krona"],
         "lr_scheduler": "cosine",
         "max_train_steps": 400,
         "train_batch_size": 8,
