@@ -418,7 +418,7 @@ def test_quick(tmp_path):
     """Every experiment, truly."""
     assert main(["--quick", "--output", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "quick" / "study.json").read_text())
-    for name in ("default", "stability", "parameters", "factors", "layers", "one_image"):
+    for name in ("default", "decay", "stability", "parameters", "factors", "layers", "one_image"):
         assert found[name]["done"] == found[name]["planned"] > 0
     records = [json.loads(line) for line in (tmp_path / "quick" / "runs.jsonl").read_text().splitlines()]
     for r in records:

@@ -124,6 +124,14 @@ CLAIMS = (
         "(64, 4) with two terms, 133,984 parameters, minus (64, 16) with one, 126,188",
     ),
     Claim(
+        "a weight decay of 1 in place of 1e-2 keeps other things more as they are (the demo's recipe)", "README",
+        "decay/paired/krona 64,4, decay 0.01/drift", "drift, decay 1 minus 1e-2; bound below 0", -inf, 0.0,
+    ),
+    Claim(
+        "and takes nothing from the subject", "README", "decay/paired/krona 64,4, decay 0.01/both_right",
+        "right subject on the right background, decay 1 minus 1e-2; bound -0.05", -0.05,
+    ),
+    Claim(
         "adapting the feed-forward layers beside attention gains nothing", "paper", "layers/feed_forward/both_right",
         "both right, with feed-forward layers minus attention alone; bound 0.05", -inf, 0.05,
     ),

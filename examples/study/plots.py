@@ -41,7 +41,7 @@ def stability(summary: Mapping[str, Any], path: Path) -> Path:
             points = sorted(points, key=lambda r: r[across])
             kept = [r for r in points if r[measure] and r["learning_rate"] not in dropped]
             xs = [r[across] for r in kept]
-            axis.plot(xs, [r[measure]["mean"] for r in kept], color=f"C{i}", label=method, marker="o")
+            axis.plot(xs, [r[measure]["mean"] for r in kept], color=f"C{i}", label=method if kept else None, marker="o")
             axis.fill_between(xs, *[[r[measure][e] for r in kept] for e in ("low", "high")], color=f"C{i}", alpha=0.08)
             if measure == "both_right":
                 gone = [r for r in points if r["learning_rate"] in dropped]

@@ -39,7 +39,7 @@ COSTS = (
 )  # fmt: skip
 OWN = "krona 64,4"  # what the others are compared with
 # how `OWN` is called in the experiments that run each method at one rate
-KINDS = {"factors": "", "parameters": "", "layers": ", all layers", "one_image": ", 1 image"}
+KINDS = {"decay": ", decay 1", "factors": "", "parameters": "", "layers": ", all layers", "one_image": ", 1 image"}
 ENOUGH = {"subject_right": 0.8, "background_right": 0.9}  # what a subject has to reach with the demo's settings
 Records = Mapping[str, dict[str, Any]]
 

@@ -37,13 +37,17 @@ def parameters(count: int | None) -> str:
 def state(summary: Summary) -> str:
     rows = [
         [name, f"{summary[name]['done']} of {summary[name]['planned']}"]
-        for name in ("default", "stability", "parameters", "factors", "layers", "one_image")
+        for name in ("default", "decay", "stability", "parameters", "factors", "layers", "one_image")
         if name in summary
     ]
     lines = [table(["experiment", "runs done"], rows), ""]
     if summary["versions"]:
-        some = "; ".join(", ".join(f"{k} {v}" for k, v in one.items()) for one in summary["versions"])
-        lines.append(f"{summary['cpu_hours']:.2f} CPU hours, base model {summary['base']}, {some}.")
+        commits = sorted({one["commit"] for one in summary["versions"] if "commit" in one})
+        packages = sorted({f"{k} {v}" for one in summary["versions"] for k, v in one.items() if k != "commit"})
+        lines.append(
+            f"{summary['cpu_hours']:.2f} CPU hours, base model {summary['base']}, {', '.join(packages)}; commits "
+            f"{', '.join(commits)}."
+        )
     else:
         lines.append("Nothing has been run.")
     return "\n".join(lines)
@@ -196,6 +200,8 @@ def sections(summary: Summary, plots: str = "") -> dict[str, str]:
         "state": state(summary),
         "claims": claims(summary),
         "default": default(summary),
+        "decay": of(summary, "decay"),
+        "decay paired": paired(summary.get("decay", {})),
         "curves": picture(shown, "Quality by learning rate and by the norm of dW, a line a method", "stability"),
         "stability": stability(summary),
         "best": best(summary),
