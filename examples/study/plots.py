@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-SIZES = {"stability": (11, 8), "parameters": (7, 4.5), "factors": (8, 4.5)}
+SIZES = {"stability": (11, 8), "parameters": (9, 5), "factors": (8, 4.5)}
 LABEL = "right subject on the right background"
 
 
@@ -61,24 +61,35 @@ def spread(axis: Any, x: float, value: Mapping[str, float], **style: Any) -> Non
 
 
 def parameters(summary: Mapping[str, Any], path: Path) -> Path:
-    """Quality by parameters; a colour a family."""
+    """Quality by parameters; a color a family, a dashed line where nothing with as few parameters is better."""
     figure = Figure(figsize=SIZES["parameters"], layout="constrained")
     axis = figure.subplots()
     counts = {r["method"]: r["parameters"] for r in summary["parameters"]["rows"]}
+    means = {m: v["both_right"] for m, v in summary["parameters"]["means"].items() if v["both_right"]}
+    colors = {"krona": "C0", "lora": "C1", "lokr": "C2"}
+    beside = {"krona": 0.97, "lora": 1.0, "lokr": 1.03}  # equal counts would cover each other
     named = set()
-    for method, value in summary["parameters"]["means"].items():
-        if value["both_right"] is None or counts[method] is None:  # the latter: every run diverged
-            continue
+    for method, value in means.items():
         family = method.split()[0]
-        label = None if family in named else family
+        x = counts[method] * beside[family]
+        spread(axis, x, value, color=colors[family], label=None if family in named else family)
         named.add(family)
-        color = {"krona": "C0", "lora": "C1", "lokr": "C2"}[family]
-        spread(axis, counts[method], value["both_right"], color=color, label=label)
-        axis.annotate(method.removeprefix(family), (counts[method], value["both_right"]["mean"]), fontsize="x-small")
+        axis.annotate(
+            method.removeprefix(family).strip(), (x, value["low"]), (0, -3), textcoords="offset points",
+            rotation=90, ha="center", va="top", fontsize="x-small", color=colors[family],
+        )  # fmt: skip
+    front: list[tuple[float, float]] = []
+    for method in sorted(means, key=lambda m: counts[m]):
+        if not front or means[method]["mean"] > front[-1][1]:
+            front.append((counts[method] * beside[method.split()[0]], means[method]["mean"]))
+    xs, ys = zip(*front, (1.1 * max(counts.values()), front[-1][1]), strict=True)
+    axis.step(xs, ys, "k--", where="post", linewidth=0.8)
     axis.set(xscale="log", xlabel="parameters", ylabel=LABEL, ylim=(-0.02, 1.02))
+    ticks = [n for n in (5e4, 1e5, 2e5, 4e5, 8e5) if min(counts.values()) / 1.5 < n < 1.5 * max(counts.values())]
+    axis.set_xticks(ticks, [f"{n:,.0f}" for n in ticks])
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc="lower right")
     return save(figure, path)
 
 
