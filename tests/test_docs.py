@@ -90,6 +90,7 @@ def test_quality_in_the_readme_is_the_study_s():
     assert ("**not** the one with the wider range" in text) == (wider == "does not hold here")
     demo = study["default"]
     assert f"{len(demo['reached'])} of the {len(demo['subjects'])} subjects" in text
+    assert f"28 from each of {['', 'one', 'two', 'three'][demo['seeds']]} seeds" in text
 
 
 def test_tables_of_calls_and_variants_are_the_files_():
