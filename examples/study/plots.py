@@ -65,7 +65,7 @@ def parameters(summary: Mapping[str, Any], path: Path) -> Path:
     figure = Figure(figsize=SIZES["parameters"], layout="constrained")
     axis = figure.subplots()
     counts = {r["method"]: r["parameters"] for r in summary["parameters"]["rows"]}
-    means = {m: v["both_right"] for m, v in summary["parameters"]["means"].items() if v["both_right"]}
+    means = {m: v["both_right"] for m, v in summary["parameters"]["means"].items() if v["both_right"] and counts[m]}
     colors = {"krona": "C0", "lora": "C1", "lokr": "C2"}
     beside = {"krona": 0.97, "lora": 1.0, "lokr": 1.03}  # equal counts would cover each other
     named = set()
