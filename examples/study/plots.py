@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 SIZES = {"stability": (11, 8), "parameters": (9, 5), "factors": (8, 4.5)}
 LABEL = "right subject on the right background"
@@ -64,8 +64,10 @@ def parameters(summary: Mapping[str, Any], path: Path) -> Path:
     """Quality by parameters; a color a family, a dashed line where nothing with as few parameters is better."""
     figure = Figure(figsize=SIZES["parameters"], layout="constrained")
     axis = figure.subplots()
-    counts = {r["method"]: r["parameters"] for r in summary["parameters"]["rows"]}
-    means = {m: v["both_right"] for m, v in summary["parameters"]["means"].items() if v["both_right"] and counts[m]}
+    known = {r["method"]: r["parameters"] for r in summary["parameters"]["rows"]}
+    # without those of which every run diverged, whose parameters nobody has counted
+    means = {m: v["both_right"] for m, v in summary["parameters"]["means"].items() if v["both_right"] and known[m]}
+    counts = {m: known[m] for m in means}
     colors = {"krona": "C0", "lora": "C1", "lokr": "C2"}
     beside = {"krona": 0.97, "lora": 1.0, "lokr": 1.03}  # equal counts would cover each other
     named = set()
@@ -82,11 +84,12 @@ def parameters(summary: Mapping[str, Any], path: Path) -> Path:
     for method in sorted(means, key=lambda m: counts[m]):
         if not front or means[method]["mean"] > front[-1][1]:
             front.append((counts[method] * beside[method.split()[0]], means[method]["mean"]))
-    xs, ys = zip(*front, (1.1 * max(counts.values()), front[-1][1]), strict=True)
-    axis.step(xs, ys, "k--", where="post", linewidth=0.8)
+    if front:
+        xs, ys = zip(*front, (1.1 * max(counts.values()), front[-1][1]), strict=True)
+        axis.step(xs, ys, "k--", where="post", linewidth=0.8)
     axis.set(xscale="log", xlabel="parameters", ylabel=LABEL, ylim=(-0.02, 1.02))
-    ticks = [n for n in (5e4, 1e5, 2e5, 4e5, 8e5) if min(counts.values()) / 1.5 < n < 1.5 * max(counts.values())]
-    axis.set_xticks(ticks, [f"{n:,.0f}" for n in ticks])
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 4)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")

@@ -58,8 +58,12 @@ def problem(record: Mapping[str, Any]) -> str | None:
 
 
 def plain(found: Interval) -> dict[str, Any]:
-    """Six digits: the rest is noise, and files stay readable."""
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in found._asdict().items()}
+    """Six digits and no sum's rounding error: the rest is noise, and files stay readable."""
+
+    def rounded(value: float) -> float:
+        return float(f"{value:.6g}") if abs(value) > 1e-12 else 0.0
+
+    return {k: rounded(v) if isinstance(v, float) else v for k, v in found._asdict().items()}
 
 
 def mean(values: Values) -> dict[str, Any] | None:
