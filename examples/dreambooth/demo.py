@@ -22,7 +22,7 @@ IDENTIFIER = "sks"
 SEEDS = range(4)
 SAMPLER = {"num_inference_steps": 30, "guidance_scale": 4.0}
 # Attention, feed-forward layers and convolutions: this U-Net has no attention where it has the most pixels, and with
-# attention alone 65 % of the pictures are right instead of 91 % (docs/evidence.md, "Layers").
+# attention alone 64 % of the pictures are right instead of 90 % (docs/evidence.md, "Layers").
 TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut",
