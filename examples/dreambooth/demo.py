@@ -29,8 +29,8 @@ TARGETS = (
 )  # fmt: skip
 # Chosen on some of the subjects, see examples/README.md.
 LEARNING_RATES = {"krona": 7e-3, "lora": 1.5e-3}
-# A hundred times the usual, with which backgrounds take on the subject's colours; LoRA's is such that an update, which
-# takes away rate times decay of the weights, takes as much.
+# With a hundredth of it, which is usual, backgrounds are washed out.  An update takes rate times decay of the weights
+# away; LoRA's decay is such that it takes as much.
 WEIGHT_DECAYS = {kind: LEARNING_RATES["krona"] / rate for kind, rate in LEARNING_RATES.items()}
 BASE = "base model"
 

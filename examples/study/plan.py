@@ -62,8 +62,8 @@ class Sizes:
 
 
 DEMO = Sizes(steps=400, each=4)  # as `make demo`, which draws in 30 sampling steps
-DEMO_RATE = 7e-3  # that of examples/dreambooth/demo.py, chosen on CHOOSING, as is
-DEMO_DECAY = 1.0  # its weight decay; the other experiments have that of the paper
+DEMO_RATE = 7e-3  # that of examples/dreambooth/demo.py, chosen on CHOOSING
+DEMO_DECAY = 1.0  # the demo's weight decay, chosen on CHOOSING too; the other experiments have 1e-2, as the paper
 QUICK = Sizes(steps=2, batch=1, sampler_steps=2, backgrounds=1, each=1, unrelated=1)
 
 
